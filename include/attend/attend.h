@@ -1,0 +1,21 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+/// Everything in one include. Each header also stands alone.
+#include "attend/backend/backend.h"
+#include "attend/backend/selector.h"
+#include "attend/batch/common_metadata.h"
+#include "attend/batch/split.h"
+#include "attend/cache/kv_cache_spec.h"
+#include "attend/core/cpu.h"
+#include "attend/core/device.h"
+#include "attend/core/dtype.h"
+#include "attend/core/error.h"
+#include "attend/core/executor.h"
+#include "attend/core/float_types.h"
+#include "attend/core/tensor_view.h"
+#include "attend/core/workspace.h"
+#include "attend/ops/attention.h"
+#include "attend/ops/cache.h"
+#include "attend/ops/merge.h"
+#include "attend/oracle/attention.h"
+#include "attend/plan/attention_plan.h"

@@ -1,0 +1,183 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <span>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "attend/batch/common_metadata.h"
+#include "attend/cache/kv_cache_spec.h"
+#include "attend/core/executor.h"
+#include "attend/core/tensor_view.h"
+#include "attend/core/workspace.h"
+
+/// The interface that every attention back end implements: capability (data), metadata builder
+/// (once per batch), impl (once per layer).
+namespace attend {
+
+enum class AttentionType : std::uint8_t { decoder, encoder, encoder_only, encoder_decoder };
+std::string_view to_string(AttentionType t) noexcept;
+std::optional<AttentionType> parse_attention_type(std::string_view name) noexcept;
+
+/// What a model and an engine ask of a back end. Text forms of kv_cache_dtype: "auto" (= dtype) or
+/// a dtype name.
+struct AttentionConfig {
+  Platform platform;
+  int head_size = 0;
+  DType dtype = DType::bf16;
+  std::string kv_cache_dtype = "auto";
+  std::optional<int> block_size;  ///< only if the user fixed it
+  AttentionType attn_type = AttentionType::decoder;
+  bool use_mla = false;
+  bool has_sink = false;
+  bool use_sparse = false;
+  bool use_mm_prefix = false;
+  bool use_per_head_quant_scales = false;
+  bool use_non_causal = false;
+  bool use_alibi_sqrt = false;
+  bool batch_invariant = false;
+  bool use_kv_connector = false;
+  friend bool operator==(const AttentionConfig&, const AttentionConfig&) = default;
+};
+std::string describe(const AttentionConfig& config);
+
+/// What a back end can do, as data: the CLI prints it, validate_configuration reads it.
+struct Capability {
+  std::vector<DType> dtypes;                 ///< query/key/value types; empty = any
+  std::vector<std::string> kv_cache_dtypes;  ///< empty = any
+  int head_size_multiple = 1;                ///< head sizes must be a multiple of this
+  int max_head_size = 0;                     ///< 0 = no limit
+  std::vector<int> head_sizes;               ///< empty = any that fits the two rules above
+  std::vector<int> block_sizes;  ///< block size must be a multiple of one of these; empty = any
+  std::vector<AttentionType> attn_types = {AttentionType::decoder};
+  std::vector<DeviceType> devices;  ///< where it can be chosen automatically; empty = any
+  int min_cuda_capability = 0;      ///< 10 * major + minor, e.g. 80
+  bool is_mla = false;
+  bool is_sparse = false;
+  bool supports_sink = false;
+  bool supports_mm_prefix = false;
+  bool supports_per_head_quant_scales = false;
+  bool supports_non_causal = false;
+  bool supports_alibi_sqrt = false;
+  bool supports_batch_invariance = false;
+  bool supports_kv_connector = true;
+};
+
+/// Which batches a captured graph may replay.
+enum class GraphSupport : std::uint8_t {
+  never,
+  uniform_single_token_decode,
+  uniform_batch,
+  always
+};
+
+/// What a builder is made for: one group of layers with the same cache.
+struct BuilderConfig {
+  int num_q_heads = 0;
+  KvCacheSpec cache;     ///< num_blocks may be 0 for encoders without cache
+  int window_left = -1;  ///< as in AttentionParams
+  int window_right = -1;
+  int num_speculative_tokens = 0;
+  int num_workers = 1;  ///< workers of the executor that will run the plans
+};
+
+/// Result of a builder; each back end derives its own. Immutable once built, shared by all layers.
+class Metadata {
+ public:
+  virtual ~Metadata() = default;
+  /// Scratch that Impl::forward() needs with this metadata, in bytes.
+  virtual std::size_t workspace_bytes() const noexcept = 0;
+};
+
+/// Turns a batch into a back end's metadata, once per batch, on the host.
+class MetadataBuilder {
+ public:
+  virtual ~MetadataBuilder() = default;
+  /// `common_prefix_len`: tokens that all requests share at the start, 0 = none.
+  /// `fast_build`: prefer a quick plan over a balanced one.
+  /// @throws InvalidArgument if the batch breaks an invariant.
+  virtual std::unique_ptr<Metadata> build(int common_prefix_len, const CommonMetadata& batch,
+                                          bool fast_build = false) = 0;
+  /// Copy of `m` for another cache group that differs only in these two.
+  virtual std::unique_ptr<Metadata> update_block_table(
+      const Metadata& m, const ConstTensorView& block_table,
+      std::span<const std::int64_t> slot_mapping) const = 0;
+  /// Longest query (inclusive) that the back end treats as decode; nullopt = batch order is free.
+  virtual std::optional<int> reorder_batch_threshold() const noexcept { return std::nullopt; }
+  virtual GraphSupport graph_support() const noexcept { return GraphSupport::never; }
+};
+
+/// Constants of one layer.
+struct ImplConfig {
+  int num_q_heads = 0;
+  int num_kv_heads = 0;
+  int head_size = 0;
+  std::optional<float> scale;         ///< unset = 1 / sqrt(head_size)
+  float softcap = 0.0F;               ///< 0 = off
+  std::optional<int> sliding_window;  ///< keys visible including the own one, >= 1; unset = all
+  std::vector<float> alibi_slopes;    ///< [num_q_heads] or empty
+  AttentionType attn_type = AttentionType::decoder;
+  DType dtype = DType::bf16;
+  std::string kv_cache_dtype = "auto";
+};
+
+/// Tensors of one layer's call. T may exceed the batch's num_tokens (padding): rows beyond it are
+/// neither read nor written.
+struct ForwardArgs {
+  ConstTensorView query;  ///< [T, Hq, D]
+  ConstTensorView key;    ///< [T, Hkv, D]; undefined = keys are already in the cache
+  ConstTensorView value;  ///< [T, Hkv, D]; given iff key is
+  /// Logical shape of Backend::kv_cache_shape(); undefined for encoders without cache.
+  TensorView kv_cache;
+  TensorView output;  ///< [T, Hq, D]
+  TensorView lse;     ///< f32 [T, Hq], natural log; undefined = not wanted
+  Workspace workspace;
+  Executor* executor = nullptr;  ///< null = default_executor()
+};
+
+/// Runs one layer.
+class Impl {
+ public:
+  virtual ~Impl() = default;
+  /// Writes key/value into the cache (if given and if the metadata has slots), then attends.
+  /// `metadata` null = profiling run: output is filled with zeros.
+  /// @throws InvalidArgument, before anything is written.
+  virtual void forward(const ForwardArgs& args, const Metadata* metadata) const = 0;
+};
+
+/// One attention back end. Stateless; lives for the whole process.
+class Backend {
+ public:
+  virtual ~Backend() = default;
+  /// Fixed name in capitals, e.g. "FLASH_ATTN".
+  virtual std::string_view name() const noexcept = 0;
+  virtual const Capability& capability() const noexcept = 0;
+  /// Every reason why this back end cannot serve `config`, in the fixed order of the list in
+  /// docs/selection.md; empty = it can. Never stops at the first.
+  std::vector<std::string> validate_configuration(const AttentionConfig& config) const;
+
+  /// Logical cache shape. @throws InvalidArgument for a block size that it does not support.
+  virtual std::vector<std::int64_t> kv_cache_shape(const KvCacheSpec& spec) const = 0;
+  /// Physical order of the logical dimensions (layers in front if asked for).
+  virtual std::vector<int> kv_cache_stride_order(KvLayout layout, bool include_layers) const = 0;
+  /// Index of the dimension that counts blocks in kv_cache_shape() without layers.
+  virtual int kv_cache_block_dim() const noexcept = 0;
+  /// Layout that the back end insists on; nullopt = both work.
+  virtual std::optional<KvLayout> required_kv_cache_layout() const noexcept { return std::nullopt; }
+  /// `preferred` if it is supported, else the smallest supported block size.
+  int preferred_block_size(int preferred) const noexcept;
+
+  virtual std::unique_ptr<MetadataBuilder> make_builder(const BuilderConfig& config) const = 0;
+  virtual std::unique_ptr<Impl> make_impl(const ImplConfig& config) const = 0;
+
+ protected:
+  /// A reason that depends on several fields at once; nullopt = none.
+  virtual std::optional<std::string> supports_combination(const AttentionConfig&) const {
+    return std::nullopt;
+  }
+};
+
+}  // namespace attend

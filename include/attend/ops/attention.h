@@ -1,0 +1,93 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+#include <optional>
+
+#include "attend/core/executor.h"
+#include "attend/core/tensor_view.h"
+#include "attend/core/workspace.h"
+#include "attend/plan/attention_plan.h"
+
+/// Scaled dot-product attention over ragged or paged keys and values.
+///
+/// logit(i, j) = q_i . k_j * scale, then softcap, then the ALiBi bias, then the mask; softmax over
+/// the visible j; out_i = sum_j p_ij v_j. Query i of a request (0-based, of query_len) stands at
+/// absolute position i + seq_len - query_len (bottom-right alignment). Query head h reads kv head
+/// h / (Hq / Hkv). All sums in float32. A row without a visible key: out 0, lse -infinity.
+namespace attend {
+
+/// How logits become probabilities.
+struct AttentionParams {
+  std::optional<float> scale;  ///< multiplies q.k; finite; unset = 1 / sqrt(head_dim_qk)
+  bool causal = false;         ///< key j visible to position p only if j <= p
+  int window_left = -1;        ///< keys p - window_left .. p visible; -1 = all
+  int window_right = -1;       ///< keys p .. p + window_right visible; -1 = all; ignored if causal
+  float softcap = 0.0F;        ///< logits become softcap * tanh(logits / softcap); 0 = off
+  /// f32 [Hq] or [B, Hq]; undefined view = off. Bias: -slope * |position - j|.
+  ConstTensorView alibi_slopes;
+};
+
+/// Arguments of flash_attn_varlen. B requests, T query tokens, Hq/Hkv heads, D/Dv head sizes.
+/// dtype of q, k, v, out: all f32, all f16 or all bf16. Last dimension of each: stride 1.
+struct FlashAttnVarlenArgs {
+  ConstTensorView q;  ///< [T, Hq, D]
+  /// Ragged: [S, Hkv, D]. Paged (block_table defined): [num_blocks, block_size, Hkv, D], block_size
+  /// 1, 4, 8 or a multiple of 16; NHD and HND are just strides.
+  ConstTensorView k;
+  ConstTensorView v;                ///< like k, with Dv
+  TensorView out;                   ///< [T, Hq, Dv]; must not overlap any input
+  TensorView lse;                   ///< f32 [T, Hq], natural log; undefined = not wanted
+  ConstTensorView query_start_loc;  ///< i32 [B + 1], contiguous
+  /// i32 [B + 1], contiguous: request r has keys cu_seqlens_kv[r] .. cu_seqlens_kv[r + 1].
+  /// Exactly one of cu_seqlens_kv and (seq_lens and block_table) is given.
+  ConstTensorView cu_seqlens_kv;
+  ConstTensorView seq_lens;     ///< i32 [B], contiguous: keys per request, paged only
+  ConstTensorView block_table;  ///< i32 [B, max_blocks], stride 1 in the last dimension
+  AttentionParams params;
+};
+
+/// Plans and runs in one call; workspace from an internal per-thread buffer, executor
+/// default_executor() if null. For one call per batch; servers plan once and use the overload
+/// below.
+/// @throws InvalidArgument, before anything is written.
+void flash_attn_varlen(const FlashAttnVarlenArgs& args, Executor* executor = nullptr,
+                       std::optional<IsaLevel> isa = std::nullopt);
+
+/// Runs a plan made for these lengths, heads, mask and this executor's number of workers.
+/// query_start_loc, seq_lens and cu_seqlens_kv may be undefined: the plan has them (cu_seqlens_kv
+/// is then the prefix sum of the plan's seq_lens).
+/// @pre workspace.size >= plan.workspace_bytes. No allocation.
+/// @throws InvalidArgument, before anything is written.
+void flash_attn_varlen(const FlashAttnVarlenArgs& args, const AttentionPlan& plan,
+                       Workspace workspace, Executor& executor);
+
+/// Arguments of flash_attn_with_kvcache: Sq query tokens of each of B requests against a cache,
+/// with optional append of Snew new rows and rotary embedding.
+struct FlashAttnWithKvCacheArgs {
+  ConstTensorView q;  ///< [B, Sq, Hq, D]
+  /// Dense: [Bc, Smax, Hkv, D]. Paged (block_table defined): [num_blocks, block_size, Hkv, D].
+  TensorView k_cache;
+  TensorView v_cache;     ///< like k_cache, with Dv
+  ConstTensorView k_new;  ///< [B, Snew, Hkv, D]; undefined = nothing to append
+  ConstTensorView v_new;  ///< [B, Snew, Hkv, Dv]; given iff k_new is
+  TensorView out;         ///< [B, Sq, Hq, Dv]
+  TensorView lse;  ///< f32 [B, Hq, Sq], natural log (flash-attn's layout); undefined = not wanted
+  /// i32 [B]: rows valid in the cache before the append (without k_new: all visible rows). With
+  /// cache_leftpad these counts include the padding. Undefined = the whole dense cache.
+  ConstTensorView cache_seqlens;
+  ConstTensorView cache_batch_idx;  ///< i32 [B]: row of the dense cache; undefined = identity
+  ConstTensorView cache_leftpad;    ///< i32 [B]: first valid row; undefined = 0. Dense cache only
+  ConstTensorView block_table;  ///< i32 [B, max_blocks]; excludes cache_batch_idx and cache_leftpad
+  /// [Smax_rotary, rotary_dim / 2], dtype of q; rotary_dim a multiple of 16, <= D. New keys rotate
+  /// by their position cache_seqlens + i; queries likewise if causal or windowed, else by
+  /// cache_seqlens. Given only together with k_new.
+  ConstTensorView rotary_cos, rotary_sin;
+  bool rotary_interleaved = true;  ///< pairs (0,1),(2,3).. (GPT-J); false: (0,D/2).. (NeoX)
+  AttentionParams params;
+};
+
+/// Appends, rotates and attends, like flash-attn's function of that name.
+/// @throws InvalidArgument, before anything is written.
+void flash_attn_with_kvcache(const FlashAttnWithKvCacheArgs& args, Executor* executor = nullptr,
+                             std::optional<IsaLevel> isa = std::nullopt);
+
+}  // namespace attend

@@ -1,0 +1,60 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+#include <cstdint>
+#include <functional>
+#include <vector>
+
+#include "attend/ops/attention.h"
+#include "attend/ops/merge.h"
+
+/// float64 reference of every op: plain loops, no vectorisation, no code shared with kernels or
+/// ops.
+namespace attend::oracle {
+
+/// One attention row, from functions that give the values: needs no cache.
+struct RowProblem {
+  int head_dim_qk = 0, head_dim_v = 0;
+  std::int64_t position = 0;  ///< absolute position of the query
+  std::int64_t num_keys = 0;  ///< keys 0 .. num_keys - 1 exist
+  double scale = 1.0;
+  bool causal = true;
+  std::int64_t window_left = -1, window_right = -1;
+  double softcap = 0.0;
+  double alibi_slope = 0.0;                        ///< 0 = off
+  std::function<double(int d)> q;                  ///< value as the kernel sees it (rounded)
+  std::function<double(std::int64_t j, int d)> k;  ///< key j
+  std::function<double(std::int64_t j, int d)> v;  ///< value row j
+};
+
+/// Result of a row and what an error bound needs.
+struct RowResult {
+  std::vector<double> out;       ///< [head_dim_v]
+  double lse = 0.0;              ///< natural log; -inf if no key is visible
+  std::vector<double> abs_out;   ///< [head_dim_v] sum_j p_j |v_j|
+  double logit_magnitude = 0.0;  ///< max over visible j of |scale| * sum_d |q_d k_jd| (+ |bias|)
+  std::int64_t visible_keys = 0;
+};
+RowResult attention_row(const RowProblem& p);
+
+/// Largest error that a float32-accumulating kernel may make in out[d] for this row, derived in
+/// docs/numerics.md: rounding of the output to `out_dtype` plus the propagated float32 errors of
+/// logits, exponentials and sums, times 2.
+double out_error_bound(const RowResult& r, int d, int head_dim_qk, DType out_dtype);
+/// Same for the natural-log LSE.
+double lse_error_bound(const RowResult& r, int head_dim_qk);
+
+/// Full results of an op, in float64, for comparison.
+struct Result {
+  std::vector<double> out;        ///< contiguous, shape of args.out
+  std::vector<double> lse;        ///< contiguous, shape of lse in the op's layout
+  std::vector<double> out_bound;  ///< per element of out
+  std::vector<double> lse_bound;  ///< per element of lse
+};
+/// Reference of flash_attn_varlen (arguments are only read).
+Result flash_attn_varlen(const FlashAttnVarlenArgs& args);
+/// Reference of flash_attn_with_kvcache: caches are read as they were before the call.
+Result flash_attn_with_kvcache(const FlashAttnWithKvCacheArgs& args);
+/// Reference of merge_attn_states.
+Result merge_attn_states(const MergeAttnStatesArgs& args);
+
+}  // namespace attend::oracle

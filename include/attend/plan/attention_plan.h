@@ -1,0 +1,78 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <optional>
+#include <span>
+#include <vector>
+
+#include "attend/core/cpu.h"
+#include "attend/core/dtype.h"
+
+namespace attend {
+
+/// Keys are cut at multiples of this absolute position. Every piece gives an independent partial
+/// result and pieces merge in ascending order: this is what makes an output row's bits independent
+/// of batch, chunking, threads and split (docs/numerics.md).
+inline constexpr int kPieceSize = 256;
+
+/// What a plan is made for: one batch, one attention shape.
+struct AttentionPlanInput {
+  std::span<const std::int32_t> query_start_loc;  ///< [B + 1], starts with 0, non-decreasing
+  std::span<const std::int32_t> seq_lens;         ///< [B] keys per request, >= 0
+  int num_q_heads = 0;
+  int num_kv_heads = 0;                          ///< divides num_q_heads
+  int head_dim_qk = 0;                           ///< multiple of 8, <= 256
+  int head_dim_v = 0;                            ///< multiple of 8, <= 256
+  bool causal = true;                            ///< bottom-right
+  std::span<const std::uint8_t> request_causal;  ///< [B] or empty (= `causal` for all)
+  int window_left = -1;                          ///< keys visible before the diagonal; -1 = all
+  int window_right = -1;                         ///< keys visible after it; -1 = all (0 if causal)
+  int num_workers = 1;                           ///< workers of the executor that will run the plan
+  std::optional<IsaLevel> isa;                   ///< kernel level; unset = active_isa()
+};
+
+/// A part of the work that one worker does alone: query rows [q_begin, q_end) of one request and
+/// one kv head (with all query heads of its group) over pieces [piece_begin, piece_end).
+struct WorkUnit {
+  std::int32_t request;
+  std::int32_t kv_head;
+  std::int32_t q_begin, q_end;          ///< query tokens, relative to the request
+  std::int32_t piece_begin, piece_end;  ///< kPieceSize keys each, absolute
+  std::int64_t partial_slot;  ///< first partial in the workspace, -1 = whole, write the output
+};
+
+/// Merge of the partials of a unit that was split along keys.
+struct Reduction {
+  std::int32_t request;
+  std::int32_t kv_head;
+  std::int32_t q_begin, q_end;
+  std::int64_t partial_slot;  ///< num_pieces consecutive slots, ascending pieces
+  std::int32_t num_pieces;
+};
+
+/// Host-built schedule of one batch; a value, free of any device. Made once per batch, used by
+/// every layer of the same shape. An op refuses a plan that was made for other shapes.
+struct AttentionPlan {
+  std::vector<std::int32_t> query_start_loc;  ///< [B + 1]
+  std::vector<std::int32_t> seq_lens;         ///< [B]
+  std::vector<std::uint8_t> request_causal;   ///< [B]
+  int num_q_heads = 0, num_kv_heads = 0, head_dim_qk = 0, head_dim_v = 0;
+  int window_left = -1, window_right = -1;
+  int num_workers = 1;
+  IsaLevel isa = IsaLevel::scalar;
+
+  std::vector<WorkUnit> units;        ///< largest first
+  std::vector<Reduction> reductions;  ///< run after all units
+  std::int64_t num_partial_slots = 0;
+  std::size_t workspace_bytes = 0;  ///< partials and the workers' scratch together
+
+  int num_reqs() const noexcept { return static_cast<int>(seq_lens.size()); }
+  int num_tokens() const noexcept { return query_start_loc.empty() ? 0 : query_start_loc.back(); }
+};
+
+/// Makes a plan. @throws InvalidArgument for lengths, heads, head sizes or windows out of range;
+/// Unsupported if the ISA level is not available on this machine.
+AttentionPlan plan_attention(const AttentionPlanInput& input);
+
+}  // namespace attend
