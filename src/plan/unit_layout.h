@@ -51,4 +51,16 @@ constexpr ScratchLayout scratch_layout(int max_unit_rows, int head_dim_qk, int h
 /// Floats of one stored partial row: m, l, then head_dim_v accumulators.
 constexpr std::int64_t partial_row_floats(int head_dim_v) { return head_dim_v + 2; }
 
+/// Floats of all partials, with room for a vector that runs over the last row's end.
+constexpr std::int64_t partial_floats(const AttentionPlan& p) {
+  return round_up(p.num_partial_rows * partial_row_floats(p.head_dim_v) + 16, 16);
+}
+
+/// Bytes of an op's workspace: partials, one scratch a worker, and slack to align the start.
+constexpr std::size_t workspace_bytes(const AttentionPlan& p) {
+  const ScratchLayout scratch = scratch_layout(p.max_unit_rows, p.head_dim_qk, p.head_dim_v);
+  const std::int64_t floats = partial_floats(p) + scratch.total * p.num_workers;
+  return static_cast<std::size_t>(floats) * sizeof(float) + 64;
+}
+
 }  // namespace attend::plan
