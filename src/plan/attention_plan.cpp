@@ -11,54 +11,58 @@
 namespace attend {
 namespace {
 
-constexpr const char* kOp = "plan_attention";
-/// Rows of a prefill unit: large enough that packing K and V is cheap beside using them, small enough
-/// that a unit's state stays in L2.
+/// Rows of a prefill unit: large enough that packing K and V is cheap beside using them, small
+/// enough that a unit's state stays in L2.
 constexpr int kUnitRows = 512;
 /// Units that each worker should get at least, so that the dynamic order can balance them.
 constexpr int kUnitsPerWorker = 4;
 
-void require(bool ok, const char* argument, const std::string& expected, const std::string& got) {
-  if (!ok) throw InvalidArgument(kOp, argument, expected, got);
+void require(const AttentionPlanInput& in, bool ok, const char* argument,
+             const std::string& expected, const std::string& got) {
+  if (!ok) throw InvalidArgument(in.op, argument, expected, got);
 }
 
 void check_lengths(const AttentionPlanInput& in) {
   const auto& starts = in.query_start_loc;
-  require(!starts.empty(), "query_start_loc", "at least 1 entry", "0 entries");
-  require(in.seq_lens.size() + 1 == starts.size(), "seq_lens",
+  require(in, !starts.empty(), "query_start_loc", "at least 1 entry", "0 entries");
+  require(in, in.seq_lens.size() + 1 == starts.size(), "seq_lens",
           std::to_string(starts.size() - 1) + " entries (query_start_loc has one more)",
           std::to_string(in.seq_lens.size()) + " entries");
-  require(starts[0] == 0, "query_start_loc[0]", "0", std::to_string(starts[0]));
+  require(in, starts[0] == 0, "query_start_loc", "0 at index 0", std::to_string(starts[0]));
   std::int64_t total_keys = 0;
   for (std::size_t r = 0; r < in.seq_lens.size(); ++r) {
-    const std::string at = "[" + std::to_string(r) + "]";
-    require(starts[r + 1] >= starts[r], "query_start_loc",
-            "a value that does not decrease after " + at + " = " + std::to_string(starts[r]),
-            std::to_string(starts[r + 1]));
-    require(in.seq_lens[r] >= 0, ("seq_lens" + at).c_str(), ">= 0", std::to_string(in.seq_lens[r]));
+    if (starts[r + 1] < starts[r])
+      throw InvalidArgument(
+          in.op, "query_start_loc",
+          ">= " + std::to_string(starts[r]) + " at index " + std::to_string(r + 1),
+          std::to_string(starts[r + 1]));
+    if (in.seq_lens[r] < 0)
+      throw InvalidArgument(in.op, "seq_lens", ">= 0 at index " + std::to_string(r),
+                            std::to_string(in.seq_lens[r]));
     total_keys += in.seq_lens[r];
   }
-  require(total_keys <= std::numeric_limits<std::int32_t>::max(), "seq_lens",
+  require(in, total_keys <= std::numeric_limits<std::int32_t>::max(), "seq_lens",
           "a sum that fits 32 bits", std::to_string(total_keys));
-  require(in.request_causal.empty() || in.request_causal.size() == in.seq_lens.size(),
+  require(in, in.request_causal.empty() || in.request_causal.size() == in.seq_lens.size(),
           "request_causal", std::to_string(in.seq_lens.size()) + " entries or none",
           std::to_string(in.request_causal.size()) + " entries");
 }
 
-void check_head_dim(const char* name, int d) {
-  require(d > 0 && d % 8 == 0 && d <= 256, name, "a multiple of 8 in [8, 256]", std::to_string(d));
+void check_head_dim(const AttentionPlanInput& in, const char* name, int d) {
+  require(in, d > 0 && d % 8 == 0 && d <= 256, name, "a multiple of 8 in [8, 256]",
+          std::to_string(d));
 }
 
 void check_shape(const AttentionPlanInput& in) {
-  require(in.num_kv_heads > 0, "num_kv_heads", ">= 1", std::to_string(in.num_kv_heads));
-  require(in.num_q_heads > 0 && in.num_q_heads % in.num_kv_heads == 0, "num_q_heads",
+  require(in, in.num_kv_heads > 0, "num_kv_heads", ">= 1", std::to_string(in.num_kv_heads));
+  require(in, in.num_q_heads > 0 && in.num_q_heads % in.num_kv_heads == 0, "num_q_heads",
           "a positive multiple of num_kv_heads = " + std::to_string(in.num_kv_heads),
           std::to_string(in.num_q_heads));
-  check_head_dim("head_dim_qk", in.head_dim_qk);
-  check_head_dim("head_dim_v", in.head_dim_v);
-  require(in.window_left >= -1, "window_left", ">= -1", std::to_string(in.window_left));
-  require(in.window_right >= -1, "window_right", ">= -1", std::to_string(in.window_right));
-  require(in.num_workers >= 1, "num_workers", ">= 1", std::to_string(in.num_workers));
+  check_head_dim(in, "head_dim_qk", in.head_dim_qk);
+  check_head_dim(in, "head_dim_v", in.head_dim_v);
+  require(in, in.window_left >= -1, "window_left", ">= -1", std::to_string(in.window_left));
+  require(in, in.window_right >= -1, "window_right", ">= -1", std::to_string(in.window_right));
+  require(in, in.num_workers >= 1, "num_workers", ">= 1", std::to_string(in.num_workers));
 }
 
 IsaLevel checked_isa(std::optional<IsaLevel> wanted) {
@@ -90,8 +94,7 @@ PieceRange visible_pieces(const AttentionPlan& p, int r, int begin, int end) {
 
 class Planner {
  public:
-  explicit Planner(AttentionPlan& plan)
-      : p_(plan), group_(plan.num_q_heads / plan.num_kv_heads) {}
+  explicit Planner(AttentionPlan& plan) : p_(plan), group_(plan.num_q_heads / plan.num_kv_heads) {}
 
   void make_units() {
     std::int64_t total = 0;
@@ -101,9 +104,8 @@ class Planner {
     std::vector<WorkUnit> whole;
     whole.swap(p_.units);
     for (const WorkUnit& u : whole) emit(u, target);
-    std::stable_sort(p_.units.begin(), p_.units.end(), [this](const auto& a, const auto& b) {
-      return cost(a) > cost(b);
-    });
+    std::stable_sort(p_.units.begin(), p_.units.end(),
+                     [this](const auto& a, const auto& b) { return cost(a) > cost(b); });
   }
 
  private:

@@ -9,10 +9,11 @@
 /// carve it up) must agree on.
 namespace attend::plan {
 
-inline constexpr int kPanelKeys = 32;   ///< keys of one packed K panel
-inline constexpr int kPanelCols = 32;   ///< columns of one packed V panel
-inline constexpr int kMaxTileRows = 12; ///< largest register tile of any ISA level
-inline constexpr int kBlockRows = 48;   ///< rows whose logits are held at once; multiple of every tile
+inline constexpr int kPanelKeys = 32;    ///< keys of one packed K panel
+inline constexpr int kPanelCols = 32;    ///< columns of one packed V panel
+inline constexpr int kMaxTileRows = 12;  ///< largest register tile of any ISA level
+inline constexpr int kBlockRows =
+    48;  ///< rows whose logits are held at once; multiple of every tile
 inline constexpr int kPanels = kPieceSize / kPanelKeys;
 
 constexpr std::int64_t round_up(std::int64_t n, std::int64_t m) { return (n + m - 1) / m * m; }

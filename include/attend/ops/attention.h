@@ -17,7 +17,7 @@ namespace attend {
 
 /// How logits become probabilities.
 struct AttentionParams {
-  std::optional<float> scale;  ///< multiplies q.k; finite; unset = 1 / sqrt(head_dim_qk)
+  std::optional<float> scale;  ///< multiplies q.k; finite, > 0; unset = 1 / sqrt(head_dim_qk)
   bool causal = false;         ///< key j visible to position p only if j <= p
   int window_left = -1;        ///< keys p - window_left .. p visible; -1 = all
   int window_right = -1;       ///< keys p .. p + window_right visible; -1 = all; ignored if causal
@@ -59,6 +59,11 @@ void flash_attn_varlen(const FlashAttnVarlenArgs& args, Executor* executor = nul
 /// @throws InvalidArgument, before anything is written.
 void flash_attn_varlen(const FlashAttnVarlenArgs& args, const AttentionPlan& plan,
                        Workspace workspace, Executor& executor);
+
+/// Makes all checks of the planned call above and returns; for callers that must know before they
+/// write something of their own. @throws InvalidArgument.
+void validate(const FlashAttnVarlenArgs& args, const AttentionPlan& plan, Workspace workspace,
+              const Executor& executor);
 
 /// Arguments of flash_attn_with_kvcache: Sq query tokens of each of B requests against a cache,
 /// with optional append of Snew new rows and rotary embedding.
