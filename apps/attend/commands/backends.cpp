@@ -48,7 +48,7 @@ std::string head_sizes(const Capability& can) {
 
 std::string min_capability(const Capability& can) {
   if (can.min_cuda_capability == 0) return "any";
-  return fmt::format("{}.{}", can.min_cuda_capability / 10, can.min_cuda_capability % 10);
+  return fmt::format("at least {}.{}", can.min_cuda_capability / 10, can.min_cuda_capability % 10);
 }
 
 nlohmann::ordered_json as_json(const Backend& backend) {
@@ -88,7 +88,7 @@ void print(const Backend& backend) {
       {"block sizes", blocks},
       {"attention types", list(names(can.attn_types))},
       {"chosen on", list(names(can.devices))},
-      {"cuda capability", "at least " + min_capability(can)},
+      {"cuda capability", min_capability(can)},
       {"has", yes.empty() ? "-" : list(yes)},
       {"has not", no.empty() ? "-" : list(no)},
   }};
