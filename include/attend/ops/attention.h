@@ -60,8 +60,9 @@ void flash_attn_varlen(const FlashAttnVarlenArgs& args, Executor* executor = nul
 void flash_attn_varlen(const FlashAttnVarlenArgs& args, const AttentionPlan& plan,
                        Workspace workspace, Executor& executor);
 
-/// Makes all checks of the planned call above and returns; for callers that must know before they
-/// write something of their own. @throws InvalidArgument.
+/// Makes the checks of the overload above and nothing else, for callers that write something of
+/// their own (a cache) between the checks and the run. Reads no key, value or query.
+/// @throws InvalidArgument.
 void validate(const FlashAttnVarlenArgs& args, const AttentionPlan& plan, Workspace workspace,
               const Executor& executor);
 
