@@ -32,7 +32,8 @@ void check_tensors(const FlashAttnVarlenArgs& a) {
 void check_plan_shape(const FlashAttnVarlenArgs& a, const AttentionPlan& plan) {
   const auto same = [](const char* argument, std::int64_t planned, std::int64_t got) {
     check::require(
-        planned == got, {kOp, argument}, [&] { return fmt::format("{}, as planned", planned); }, got);
+        planned == got, {kOp, argument}, [&] { return fmt::format("{}, as planned", planned); },
+        got);
   };
   same("q", plan.num_tokens(), a.q.shape[0]);
   same("q", plan.num_q_heads, a.q.shape[1]);
@@ -52,10 +53,12 @@ void check_plan_lengths(const FlashAttnVarlenArgs& a, const AttentionPlan& plan)
     const auto got = check::i32_array({kOp, name}, t, static_cast<std::int64_t>(planned.size()));
     const auto differ = std::ranges::mismatch(got, planned);
     if (differ.in1 == got.end()) return;
-    check::fail({kOp, name},
-                [&] { return fmt::format("{} at index {}, as planned", *differ.in2,
-                                         differ.in1 - got.begin()); },
-                *differ.in1);
+    check::fail(
+        {kOp, name},
+        [&] {
+          return fmt::format("{} at index {}, as planned", *differ.in2, differ.in1 - got.begin());
+        },
+        *differ.in1);
   };
   same("query_start_loc", a.query_start_loc, plan.query_start_loc);
   same("seq_lens", a.seq_lens, plan.seq_lens);
@@ -100,8 +103,8 @@ cpu::AttentionProblem make_problem(const FlashAttnVarlenArgs& a, const Attention
     p.k_strides = {a.k.strides[0], a.k.strides[1], a.k.strides[2]};
     p.v_strides = {a.v.strides[0], a.v.strides[1], a.v.strides[2]};
   } else {
-    p.kv_start = a.cu_seqlens_kv.defined() ? a.cu_seqlens_kv.as<std::int32_t>()
-                                           : plan.key_start_loc.data();
+    p.kv_start =
+        a.cu_seqlens_kv.defined() ? a.cu_seqlens_kv.as<std::int32_t>() : plan.key_start_loc.data();
     p.k_strides = {0, a.k.strides[0], a.k.strides[1]};
     p.v_strides = {0, a.v.strides[0], a.v.strides[1]};
   }

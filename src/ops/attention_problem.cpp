@@ -80,10 +80,11 @@ void check_params(std::string_view op, const AttentionParams& params, std::int64
   }
 }
 
-void check_block_size(std::string_view op, std::string_view argument, const ConstTensorView& cache) {
+void check_block_size(std::string_view op, std::string_view argument,
+                      const ConstTensorView& cache) {
   const std::int64_t size = cache.shape[1];
-  check::require(size == 1 || size == 4 || size == 8 || (size > 0 && size % 16 == 0), {op, argument},
-                 "a block size of 1, 4, 8 or a multiple of 16", size);
+  check::require(size == 1 || size == 4 || size == 8 || (size > 0 && size % 16 == 0),
+                 {op, argument}, "a block size of 1, 4, 8 or a multiple of 16", size);
   check::require(cache.shape[1] <= (1 << 30), {op, argument}, "a block size below 2^30", size);
 }
 
@@ -114,8 +115,8 @@ void check_block_table(std::string_view op, const ConstTensorView& table, const 
     for (std::int64_t b = first; b < used; ++b) {
       if (row[b] >= 0 && row[b] < num_blocks) continue;
       check::fail(
-          where,
-          [&] { return fmt::format("block ids in [0, {}) at [{}, {}]", num_blocks, r, b); }, row[b]);
+          where, [&] { return fmt::format("block ids in [0, {}) at [{}, {}]", num_blocks, r, b); },
+          row[b]);
     }
   }
 }
@@ -130,7 +131,8 @@ void check_resources(std::string_view op, const AttentionPlan& plan, Workspace w
       workspace.size >= plan.workspace_bytes && workspace.data != nullptr, {op, "workspace"},
       [&] { return fmt::format("at least {} bytes", plan.workspace_bytes); },
       [&] {
-        return fmt::format("{} bytes{}", workspace.size, workspace.data == nullptr ? " at null" : "");
+        return fmt::format("{} bytes{}", workspace.size,
+                           workspace.data == nullptr ? " at null" : "");
       });
 }
 
@@ -163,8 +165,7 @@ void run_plan(const cpu::AttentionProblem& problem, const AttentionPlan& plan, W
   const cpu::RunUnitFn run_unit = kernel.run_unit(problem.dtype);
   const auto address = (reinterpret_cast<std::uintptr_t>(workspace.data) + 63) / 64 * 64;
   float* base = reinterpret_cast<float*>(address);
-  const auto layout =
-      plan::scratch_layout(plan.max_unit_rows, plan.head_dim_qk, plan.head_dim_v);
+  const auto layout = plan::scratch_layout(plan.max_unit_rows, plan.head_dim_qk, plan.head_dim_v);
   float* scratch = base + plan::partial_floats(plan);
   const auto worker_workspace = [&](int worker) {
     return cpu::KernelWorkspace{base, scratch + worker * layout.total, layout};
@@ -187,7 +188,8 @@ void run_plan(const cpu::AttentionProblem& problem, const AttentionPlan& plan, W
   const cpu::ReduceFn reduce = kernel.reduce(problem.dtype);
   executor.run([&](int worker) {
     const cpu::KernelWorkspace ws = worker_workspace(worker);
-    for (std::size_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < plan.reductions.size();)
+    for (std::size_t i;
+         (i = next.fetch_add(1, std::memory_order_relaxed)) < plan.reductions.size();)
       reduce(problem, plan.reductions[i], ws);
   });
 }

@@ -5,8 +5,8 @@
 #include "attend/ops/attention.h"
 #include "kernels/cpu/attention/attention.h"
 
-/// What flash_attn_varlen and flash_attn_with_kvcache share: checks that turn arguments into a trusted
-/// problem, and running a plan over it.
+/// What flash_attn_varlen and flash_attn_with_kvcache share: checks that turn arguments into a
+/// trusted problem, and running a plan over it.
 namespace attend::ops {
 
 /// A cache or ragged K/V pair, as the caller gave it.
@@ -16,8 +16,8 @@ struct KvTensors {
   bool four_dims = false;  ///< [blocks or rows, tokens, Hkv, D] instead of [S, Hkv, D]
 };
 
-/// Checks q, k, v, out against each other: dtypes, head counts and sizes, strides. `q` and `out` have
-/// `q_rank` dimensions, the last two being heads and head size.
+/// Checks q, k, v, out against each other: dtypes, head counts and sizes, strides. `q` and `out`
+/// have `q_rank` dimensions, the last two being heads and head size.
 void check_qkv(std::string_view op, const ConstTensorView& q, const KvTensors& kv,
                const ConstTensorView& out, int q_rank);
 

@@ -82,7 +82,8 @@ void check_rotary(const Args& a, std::int64_t last_position) {
       a.rotary_cos.shape[0]);
 }
 
-/// Rows of one request: valid before the append, padding, and the capacity of its part of the cache.
+/// Rows of one request: valid before the append, padding, and the capacity of its part of the
+/// cache.
 struct RequestRows {
   std::int64_t cached, leftpad, capacity;
 };
@@ -243,8 +244,7 @@ void check_append_blocks(const Args& a) {
     const std::int64_t first = request_rows(a, r).cached;
     const std::int64_t end = first + a.k_new.shape[1];
     for (std::int64_t b = first / block_size; b * block_size < end; ++b) {
-      const std::int32_t id =
-          a.block_table.as<std::int32_t>()[r * a.block_table.strides[0] + b];
+      const std::int32_t id = a.block_table.as<std::int32_t>()[r * a.block_table.strides[0] + b];
       check::require(
           id >= 0 && id < a.k_cache.shape[0], {kOp, "block_table"},
           [&] { return fmt::format("block ids in [0, {}) at [{}, {}]", a.k_cache.shape[0], r, b); },
@@ -283,7 +283,8 @@ void flash_attn_with_kvcache(const Args& a, Executor* executor, std::optional<Is
   const Workspace for_plan{workspace.data, plan.workspace_bytes};
   const ConstTensorView q =
       tables.defined()
-          ? rotated_queries(a, tables, static_cast<std::byte*>(workspace.data) + plan.workspace_bytes)
+          ? rotated_queries(a, tables,
+                            static_cast<std::byte*>(workspace.data) + plan.workspace_bytes)
           : a.q;
   ops::run_plan(make_problem(a, q, plan), plan, for_plan, run_on);
 }

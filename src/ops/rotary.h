@@ -13,8 +13,8 @@ struct RotaryTables {
   bool defined() const noexcept { return cos.defined(); }
 };
 
-/// to = from rotated to `position`, all in the tables' dtype; plain copy without tables. Products and
-/// sum in float32, one rounding. `from` and `to` hold head_dim contiguous elements.
+/// to = from rotated to `position`, all in the tables' dtype; plain copy without tables. Products
+/// and sum in float32, one rounding. `from` and `to` hold head_dim contiguous elements.
 void rotate_row(const RotaryTables& tables, std::int64_t position, const void* from, void* to,
                 std::int64_t head_dim, DType dtype) noexcept;
 

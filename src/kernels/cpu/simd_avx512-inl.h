@@ -22,8 +22,8 @@ struct Simd {
   ATTEND_INLINE static float reduce_max(F a) { return _mm512_reduce_max_ps(a); }
   ATTEND_INLINE static float reduce_add(F a) { return _mm512_reduce_add_ps(a); }
   ATTEND_INLINE static F iota(float start) {
-    return _mm512_add_ps(_mm512_set1_ps(start), _mm512_set_ps(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4,
-                                                              3, 2, 1, 0));
+    return _mm512_add_ps(_mm512_set1_ps(start),
+                         _mm512_set_ps(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0));
   }
   /// x where lo <= lane index < hi, else `other`.
   ATTEND_INLINE static F keep_range(F x, int lo, int hi, F other) {
@@ -32,9 +32,7 @@ struct Simd {
     return _mm512_mask_mov_ps(other, static_cast<__mmask16>(below_hi & ~below_lo), x);
   }
   /// True if any lane is an infinity or a NaN.
-  ATTEND_INLINE static bool any_nonfinite(F x) {
-    return _mm512_fpclass_ps_mask(x, 0x99) != 0;
-  }
+  ATTEND_INLINE static bool any_nonfinite(F x) { return _mm512_fpclass_ps_mask(x, 0x99) != 0; }
 
   /// 2^x, relative error < 2^-22; 0 below -126, +inf from 128 on, NaN stays NaN.
   ATTEND_INLINE static F exp2(F x) {
@@ -55,13 +53,12 @@ struct Simd {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   }
   /// First 8 lanes only; the rest 0. Head sizes are multiples of 8.
-  ATTEND_INLINE static F widen_half(const float* p) {
-    return _mm512_maskz_loadu_ps(0xff, p);
-  }
+  ATTEND_INLINE static F widen_half(const float* p) { return _mm512_maskz_loadu_ps(0xff, p); }
   ATTEND_INLINE static F widen_half(const bf16* p) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(
-        _mm512_cvtepu16_epi32(_mm256_zextsi128_si256(
-            _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))), 16));
+        _mm512_cvtepu16_epi32(
+            _mm256_zextsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))),
+        16));
   }
   ATTEND_INLINE static F widen_half(const f16* p) {
     return _mm512_cvtph_ps(

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// All parts of the attention kernel in order. Included inside an ISA region and namespace, after every
-// other include, with Simd defined.
+// All parts of the attention kernel in order. Included inside an ISA region and namespace, after
+// every other include, with Simd defined.
 
 inline constexpr float kLog2e = 1.4426950408889634F;
 inline constexpr float kLn2 = 0.6931471805599453F;

@@ -14,7 +14,6 @@
 
 #define ATTEND_HALF_VECTOR 0
 
-
 namespace attend::cpu::scalar {
 namespace {
 #include "kernels/cpu/simd_scalar-inl.h"
@@ -24,4 +23,3 @@ namespace {
 
 AttentionKernel attention_kernel_entry() noexcept { return make_entry(IsaLevel::scalar); }
 }  // namespace attend::cpu::scalar
-

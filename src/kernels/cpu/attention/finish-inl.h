@@ -30,7 +30,8 @@ ATTEND_INLINE float log_sum(float m, float l) {
 
 /// Merges the stored partials of one split unit in ascending order, exactly as a whole unit would.
 template <typename T>
-void reduce_unit(const AttentionProblem& p, const Reduction& u, const KernelWorkspace& ws) noexcept {
+void reduce_unit(const AttentionProblem& p, const Reduction& u,
+                 const KernelWorkspace& ws) noexcept {
   const std::int64_t width = plan::partial_row_floats(p.head_dim_v);
   const int rows = (u.q_end - u.q_begin) * p.group_size;
   float* acc = ws.scratch + ws.layout.acc;
@@ -41,8 +42,7 @@ void reduce_unit(const AttentionProblem& p, const Reduction& u, const KernelWork
     state[1][0] = 0.0F;
     std::memset(acc, 0, sizeof(float) * static_cast<std::size_t>(ws.layout.padded_dv));
     for (int piece = 0; piece < u.num_pieces; ++piece) {
-      const float* from =
-          ws.partials + (u.partial_slot + std::int64_t{piece} * rows + r) * width;
+      const float* from = ws.partials + (u.partial_slot + std::int64_t{piece} * rows + r) * width;
       state[2][0] = from[0];
       state[3][0] = from[1];
       merge_rows(1, state[0], state[1], state[2], state[3], keep, take);

@@ -35,8 +35,8 @@ struct PackedValues {
   }
 };
 
-/// Value rows as they lie in the cache, from column `col` on. On the way the same columns of the next
-/// piece's keys are fetched into L2: hardware prefetchers do not follow a block table.
+/// Value rows as they lie in the cache, from column `col` on. On the way the same columns of the
+/// next piece's keys are fetched into L2: hardware prefetchers do not follow a block table.
 template <typename T>
 struct CachedValues {
   const T* const* rows;
@@ -78,7 +78,7 @@ struct PvRows {
   const float* probs;  // [R, kPieceSize]
   float* acc;          // first column of the tile, row stride ld
   int ld;
-  const float* keep;   // [R]
+  const float* keep;  // [R]
   const float* take;
 };
 
@@ -105,8 +105,8 @@ ATTEND_INLINE void pv_tile(const PvRows& t, const Values& values, int begin, int
   }
 }
 
-/// Calls f(integral_constant<R>) for the tile height of `rows` (1 .. kTileRows): exact up to 8, else
-/// the full tile (buffers are padded to full tiles).
+/// Calls f(integral_constant<R>) for the tile height of `rows` (1 .. kTileRows): exact up to 8,
+/// else the full tile (buffers are padded to full tiles).
 template <int R = 1, typename Fn>
 ATTEND_INLINE void with_tile_rows(int rows, const Fn& f) {
   if constexpr (R >= Simd::kTileRows || R > 8) {

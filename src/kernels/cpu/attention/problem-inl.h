@@ -23,8 +23,8 @@ ATTEND_INLINE KeyRange visible_keys(const AttentionProblem& p, int r, int positi
 
 /// Row pointers of keys [begin, end) of one kv head; rows[i] is key begin + i.
 template <typename T>
-ATTEND_INLINE void fill_rows(const AttentionProblem& p, const KvStrides& st, const void* base, int r,
-                             int kv_head, int begin, int end, const T** rows) {
+ATTEND_INLINE void fill_rows(const AttentionProblem& p, const KvStrides& st, const void* base,
+                             int r, int kv_head, int begin, int end, const T** rows) {
   const T* head = static_cast<const T*>(base) + kv_head * st.head;
   if (p.block_table != nullptr) {
     const std::int32_t* table = p.block_table + r * p.block_table_stride;
@@ -52,28 +52,30 @@ template <typename T>
 struct UnitState {
   const AttentionProblem& p;
   const WorkUnit& u;
-  int rows;        // query rows: token-major, then head of the group
+  int rows;  // query rows: token-major, then head of the group
   int dv_padded;
-  float* q;        // [rows, D] scaled to log2 units
-  float* s;        // [kBlockRows, kPieceSize] logits, then probabilities
-  float* acc;      // [rows, dv_padded]
-  float* k_panels; // [kPanels][D][kPanelKeys]
-  float* v_panels; // [dv_padded / kPanelCols][kPieceSize][kPanelCols]
-  float* m;        // [rows] running maximum, log2 units
-  float* l;        // [rows] running sum
-  float* piece_m;  // [rows] of the current piece
+  float* q;         // [rows, D] scaled to log2 units
+  float* s;         // [kBlockRows, kPieceSize] logits, then probabilities
+  float* acc;       // [rows, dv_padded]
+  float* k_panels;  // [kPanels][D][kPanelKeys]
+  float* v_panels;  // [dv_padded / kPanelCols][kPieceSize][kPanelCols]
+  float* m;         // [rows] running maximum, log2 units
+  float* l;         // [rows] running sum
+  float* piece_m;   // [rows] of the current piece
   float* piece_l;
-  float* keep;     // [rows] factors of the merge: old state,
-  float* take;     //        new piece
-  int* lo;         // [rows] visible keys, absolute
+  float* keep;  // [rows] factors of the merge: old state,
+  float* take;  //        new piece
+  int* lo;      // [rows] visible keys, absolute
   int* hi;
-  const T** k_rows;       // [kPieceSize] current piece
+  const T** k_rows;  // [kPieceSize] current piece
   const T** v_rows;
   const T** next_k_rows;  // next piece, for prefetch
   const T** next_v_rows;
 
   UnitState(const AttentionProblem& problem, const WorkUnit& unit, const KernelWorkspace& ws)
-      : p(problem), u(unit), rows((unit.q_end - unit.q_begin) * problem.group_size),
+      : p(problem),
+        u(unit),
+        rows((unit.q_end - unit.q_begin) * problem.group_size),
         dv_padded(ws.layout.padded_dv) {
     const plan::ScratchLayout& at = ws.layout;
     q = ws.scratch + at.q;

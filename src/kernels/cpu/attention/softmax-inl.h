@@ -8,15 +8,14 @@ ATTEND_INLINE Simd::F tanh(Simd::F x) {
   Simd::F y = Simd::max(minus, x);
   y = Simd::sub(Simd::zero(), Simd::max(minus, Simd::sub(Simd::zero(), y)));
   const Simd::F e = Simd::exp2(Simd::mul(y, Simd::set1(2.0F * kLog2e)));
-  return Simd::sub(Simd::set1(1.0F),
-                   Simd::div(Simd::set1(2.0F), Simd::add(e, Simd::set1(1.0F))));
+  return Simd::sub(Simd::set1(1.0F), Simd::div(Simd::set1(2.0F), Simd::add(e, Simd::set1(1.0F))));
 }
 
 /// Per-row terms of a logit.
 struct LogitTerms {
-  float softcap_log2;    // softcap * log2(e); 0 = off
-  float alibi_log2;      // slope * log2(e); 0 = off
-  float position;        // absolute position of the query minus that of the piece's first key
+  float softcap_log2;  // softcap * log2(e); 0 = off
+  float alibi_log2;    // slope * log2(e); 0 = off
+  float position;      // absolute position of the query minus that of the piece's first key
 };
 
 template <bool Extra>
@@ -32,9 +31,10 @@ ATTEND_INLINE Simd::F finish_logit(Simd::F x, int j, const LogitTerms& t) {
   return x;
 }
 
-/// Turns s[begin, end) (multiples of 16, relative to the piece) into exp2(logit - max) with 0 outside
-/// the visible [lo, hi); returns the max (-inf if nothing is visible) and the sum. The sum runs over
-/// 16 virtual lanes in ascending blocks and then a fixed tree: it does not depend on begin and end.
+/// Turns s[begin, end) (multiples of 16, relative to the piece) into exp2(logit - max) with 0
+/// outside the visible [lo, hi); returns the max (-inf if nothing is visible) and the sum. The sum
+/// runs over 16 virtual lanes in ascending blocks and then a fixed tree: it does not depend on
+/// begin and end.
 template <bool Extra>
 ATTEND_INLINE void softmax_row(float* s, int begin, int end, int lo, int hi, const LogitTerms& t,
                                float* max_out, float* sum_out) {
@@ -74,8 +74,8 @@ ATTEND_INLINE void softmax_row(float* s, int begin, int end, int lo, int hi, con
 
 /// Merges pieces' (m, l) into running ones, ascending, and gives the factors for the accumulators.
 /// A piece without visible keys leaves the state untouched. Arrays are padded to full vectors.
-ATTEND_INLINE void merge_rows(int rows, float* m, float* l, const float* piece_m, const float* piece_l,
-                              float* keep, float* take) {
+ATTEND_INLINE void merge_rows(int rows, float* m, float* l, const float* piece_m,
+                              const float* piece_l, float* keep, float* take) {
   constexpr float kInf = std::numeric_limits<float>::infinity();
   for (int r = 0; r < rows; ++r) {
     const float top = piece_m[r] == -kInf ? m[r] : (m[r] > piece_m[r] ? m[r] : piece_m[r]);

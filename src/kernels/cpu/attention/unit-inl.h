@@ -7,8 +7,9 @@ struct UnitRunner : UnitState<T> {
   using UnitState<T>::UnitState;
   using Base = UnitState<T>;
   using Base::acc, Base::dv_padded, Base::hi, Base::k_panels, Base::k_rows, Base::keep, Base::l,
-      Base::lo, Base::m, Base::next_k_rows, Base::next_v_rows, Base::p, Base::piece_l, Base::piece_m,
-      Base::q, Base::rows, Base::s, Base::take, Base::u, Base::v_panels, Base::v_rows;
+      Base::lo, Base::m, Base::next_k_rows, Base::next_v_rows, Base::p, Base::piece_l,
+      Base::piece_m, Base::q, Base::rows, Base::s, Base::take, Base::u, Base::v_panels,
+      Base::v_rows;
 
   bool packed_panel[plan::kPanels];
   bool values_packed;
@@ -100,10 +101,12 @@ struct UnitRunner : UnitState<T> {
         Simd::F x = Simd::zero();
         if (c + Simd::kLanes <= p.head_dim_v) x = Simd::widen(from + c);
 #if ATTEND_HALF_VECTOR
-        else if (c < p.head_dim_v) x = Simd::widen_half(from + c);
+        else if (c < p.head_dim_v)
+          x = Simd::widen_half(from + c);
 #endif
         bad |= Simd::any_nonfinite(x);
-        float* panel = v_panels + std::int64_t{c / plan::kPanelCols} * kPieceSize * plan::kPanelCols;
+        float* panel =
+            v_panels + std::int64_t{c / plan::kPanelCols} * kPieceSize * plan::kPanelCols;
         Simd::store(panel + j * plan::kPanelCols + c % plan::kPanelCols, x);
       }
     }
@@ -156,7 +159,8 @@ struct UnitRunner : UnitState<T> {
       for (int r = r0; r < tile_end; ++r) {
         float* sr = s + std::int64_t{r - begin} * kPieceSize;
         if (!extra) {
-          softmax_row<false>(sr, from, to, lo[r] - base, hi[r] - base, {}, piece_m + r, piece_l + r);
+          softmax_row<false>(sr, from, to, lo[r] - base, hi[r] - base, {}, piece_m + r,
+                             piece_l + r);
           continue;
         }
         LogitTerms t{p.softcap * kLog2e, 0.0F,
@@ -177,8 +181,8 @@ struct UnitRunner : UnitState<T> {
       piece_m[r] = -std::numeric_limits<float>::infinity();
       piece_l[r] = 0.0F;
     }
-    merge_rows(vec_end - begin, m + begin, l + begin, piece_m + begin, piece_l + begin, keep + begin,
-               take + begin);
+    merge_rows(vec_end - begin, m + begin, l + begin, piece_m + begin, piece_l + begin,
+               keep + begin, take + begin);
   }
 
   /// Adds the piece's values to rows [r, r + height) over keys `tile`.
@@ -189,8 +193,10 @@ struct UnitRunner : UnitState<T> {
     constexpr int kStep = Simd::kTileVecs * Simd::kLanes;
     if (values_packed) {
       for (int c = 0; c < dv_padded; c += kStep, t.acc += kStep) {
-        const float* panel = v_panels + std::int64_t{c / plan::kPanelCols} * kPieceSize * plan::kPanelCols;
-        pv_tile<R, Simd::kTileVecs>(t, PackedValues{panel + c % plan::kPanelCols}, tile.lo, tile.hi);
+        const float* panel =
+            v_panels + std::int64_t{c / plan::kPanelCols} * kPieceSize * plan::kPanelCols;
+        pv_tile<R, Simd::kTileVecs>(t, PackedValues{panel + c % plan::kPanelCols}, tile.lo,
+                                    tile.hi);
       }
       return;
     }
