@@ -1,6 +1,7 @@
 # shellcheck shell=bash
 # What the scripts share. Source it from a bash script; it changes into the root of the checkout.
 set -euo pipefail
+caller=$PWD
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$root"
 
