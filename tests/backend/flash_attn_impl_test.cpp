@@ -152,8 +152,11 @@ TEST(FlashAttnForward, UpdatedBlockTableIsTheOneThatIsUsed) {
   const std::int64_t last = moved.builder_config.cache.num_blocks - 1;
   const auto builder = find_backend("FLASH_ATTN").make_builder(moved.builder_config);
   const auto first = builder->build(0, moved.batch);
-  for (auto& block : moved.block_table.as<std::int32_t>()) {
-    if (block <= last) block = static_cast<std::int32_t>(last - block);
+  const testing::HostTensor& old_table = moved.block_table;
+  testing::HostTensor table(DType::i32, {old_table.view().shape[0], old_table.view().shape[1]});
+  for (std::size_t i = 0; i < table.as<std::int32_t>().size(); ++i) {
+    const std::int32_t block = old_table.as<std::int32_t>()[i];
+    table.as<std::int32_t>()[i] = block <= last ? static_cast<std::int32_t>(last) - block : block;
   }
   testing::HostTensor swapped(moved.options.dtype,
                               flash_attn_cache_shape(moved.builder_config.cache));
@@ -168,7 +171,7 @@ TEST(FlashAttnForward, UpdatedBlockTableIsTheOneThatIsUsed) {
   for (std::int64_t slot : moved.batch.slot_mapping) {
     slots.push_back(slot < 0 ? slot : (last - slot / 16) * 16 + slot % 16);
   }
-  const auto second = builder->update_block_table(*first, moved.block_table, slots);
+  const auto second = builder->update_block_table(*first, table, slots);
   moved.cache = swapped;
   moved.workspace.reserve(second->workspace_bytes());
   find_backend("FLASH_ATTN")
