@@ -104,6 +104,10 @@ void Storage::expect_copy(std::int64_t offset, const Storage& from,
               size_of(view_.dtype));
 }
 
+void Storage::expect_copy_within(std::int64_t offset, std::int64_t from_offset) noexcept {
+  std::memcpy(&expected_[byte_of(offset)], &expected_[byte_of(from_offset)], size_of(view_.dtype));
+}
+
 std::string Storage::damage() const {
   const auto [now, expected] = std::mismatch(bytes_.begin(), bytes_.end(), expected_.begin());
   if (now == bytes_.end()) return {};

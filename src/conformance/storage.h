@@ -54,6 +54,8 @@ class Storage {
   void accept(std::int64_t offset) noexcept;
   /// Expects the element to become a bitwise copy of another one.
   void expect_copy(std::int64_t offset, const Storage& from, std::int64_t from_offset) noexcept;
+  /// Same for an element of this storage, as it is expected to be by now.
+  void expect_copy_within(std::int64_t offset, std::int64_t from_offset) noexcept;
   /// Text that names the first byte that is not as expected; empty if none.
   std::string damage() const;
 
