@@ -63,8 +63,7 @@ Lengths fit(Lengths n, std::int64_t cost_per_pair, std::int64_t products) {
 
 void random_lengths_of_batch(Rng& rng, const ShapeLimits& limits, AttentionShape& s) {
   const int requests = rng.chance(0.3) ? 1 : rng.range(2, 6);
-  const std::int64_t cost =
-      static_cast<std::int64_t>(s.q_heads()) * (s.head_dim + s.head_dim_v);
+  const std::int64_t cost = static_cast<std::int64_t>(s.q_heads()) * (s.head_dim + s.head_dim_v);
   int common_query_len = 0;
   for (int r = 0; r < requests; ++r) {
     Lengths n = fit(random_lengths(rng), cost, limits.products / requests);

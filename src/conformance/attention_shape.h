@@ -37,10 +37,10 @@ struct AttentionShape {
 
 /// Limits on what random_shape may draw.
 struct ShapeLimits {
-  bool uniform_query_len = false;       ///< all requests have the same query length >= 1
-  bool keys_cover_queries = false;      ///< seq_len >= query_len
-  bool same_head_dims = false;          ///< head_dim_v == head_dim
-  std::int64_t products = 4'000'000;    ///< most multiplications of the oracle
+  bool uniform_query_len = false;     ///< all requests have the same query length >= 1
+  bool keys_cover_queries = false;    ///< seq_len >= query_len
+  bool same_head_dims = false;        ///< head_dim_v == head_dim
+  std::int64_t products = 4'000'000;  ///< most multiplications of the oracle
 };
 
 /// Heads, sizes, lengths and mask features, each alone and in every combination.

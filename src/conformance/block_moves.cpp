@@ -50,7 +50,8 @@ void expect_move(Storage& to, const Storage& from, int block_dim, BlockMove move
   const TensorView target = to.view(), source = from.view();
   const std::vector<std::int64_t> to_offsets = to.offsets(), from_offsets = from.offsets();
   std::int64_t inner = 1;
-  for (int i = block_dim + 1; i < target.rank; ++i) inner *= target.shape[static_cast<std::size_t>(i)];
+  for (int i = block_dim + 1; i < target.rank; ++i)
+    inner *= target.shape[static_cast<std::size_t>(i)];
   const std::int64_t outer = target.numel() / (inner * target.shape[dim]);
   for (std::int64_t o = 0; o < outer; ++o) {
     for (std::int64_t i = 0; i < inner; ++i) {

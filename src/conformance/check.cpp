@@ -34,8 +34,8 @@ std::vector<const Op*> chosen_ops(const std::vector<std::string>& patterns) {
     if (wanted) chosen.push_back(&op);
   }
   for (const std::string& pattern : patterns) {
-    const bool known =
-        std::any_of(ops().begin(), ops().end(), [&](const Op& op) { return matches(pattern, op.name); });
+    const bool known = std::any_of(ops().begin(), ops().end(),
+                                   [&](const Op& op) { return matches(pattern, op.name); });
     if (known) continue;
     std::vector<std::string> names;
     for (const Op& op : ops()) names.push_back(op.name);
@@ -49,8 +49,9 @@ std::vector<IsaLevel> chosen_levels(const std::vector<IsaLevel>& wanted) {
   const std::vector<IsaLevel> available = available_isa_levels();
   for (const IsaLevel level : wanted) {
     if (std::find(available.begin(), available.end(), level) != available.end()) continue;
-    throw Unsupported(fmt::format("checks on level {}", to_string(level)),
-                      {fmt::format("this machine's best level is {}", to_string(available.back()))});
+    throw Unsupported(
+        fmt::format("checks on level {}", to_string(level)),
+        {fmt::format("this machine's best level is {}", to_string(available.back()))});
   }
   return wanted.empty() ? available : wanted;
 }
@@ -110,7 +111,8 @@ void check_op(const Op& op, const CheckOptions& options, const std::vector<IsaLe
     for (std::size_t i = 0; i < levels.size(); ++i) {
       const Outcome outcome = run_guarded(*c, levels[i], index);
       record(report, first_row + i, outcome, [&] {
-        return CheckFailure{op.name,        levels[i],       index, c->describe(),
+        return CheckFailure{op.name,         levels[i],
+                            index,           c->describe(),
                             outcome.failure, repeat_command(op, options.seed, index, levels[i])};
       });
       done();
@@ -125,7 +127,8 @@ CheckReport run_checks(const CheckOptions& options) {
   const std::vector<IsaLevel> levels = chosen_levels(options.levels);
   int total = 0;
   for (const Op* op : chosen) {
-    total += static_cast<int>(levels_of(*op, levels).size()) * (options.only_case ? 1 : options.cases);
+    total +=
+        static_cast<int>(levels_of(*op, levels).size()) * (options.only_case ? 1 : options.cases);
   }
   int finished = 0;
   CheckReport report;

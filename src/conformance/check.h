@@ -44,9 +44,9 @@ std::vector<std::string> uncovered_backends();
 struct CheckOptions {
   int cases = 200;  ///< per op and level
   std::uint64_t seed = 1;
-  std::vector<std::string> ops;    ///< names or patterns with * and ?; empty = all
-  std::vector<IsaLevel> levels;    ///< empty = all of this machine
-  std::optional<int> only_case;    ///< run just this index
+  std::vector<std::string> ops;  ///< names or patterns with * and ?; empty = all
+  std::vector<IsaLevel> levels;  ///< empty = all of this machine
+  std::optional<int> only_case;  ///< run just this index
   /// Called after each case with the number of cases done and to do.
   std::function<void(int done, int total, std::string_view op)> progress;
 };

@@ -59,7 +59,8 @@ KvCacheProblem::KvCacheProblem(Rng& rng) : shape(random_shape(rng, decode_like()
 void KvCacheProblem::choose_lengths(Rng& rng) {
   if (options.append) num_appended = rng.chance(0.5) ? shape.query_lens.front() : rng.range(1, 20);
   if (options.whole_cache) {
-    const auto longest = *std::max_element(shape.seq_lens.begin(), shape.seq_lens.end());
+    // A cache that is read whole has at least one row.
+    const auto longest = std::max(1, *std::max_element(shape.seq_lens.begin(), shape.seq_lens.end()));
     std::fill(shape.seq_lens.begin(), shape.seq_lens.end(), longest);
   }
   for (std::int32_t& n : shape.seq_lens) {
@@ -87,7 +88,6 @@ void KvCacheProblem::make_caches(Rng& rng) {
     rows = shape.num_reqs() + (options.batch_idx ? rng.range(0, 3) : 0);
     row_size = *std::max_element(slots.begin(), slots.end());
     if (!options.whole_cache) row_size += rng.range(1, 30);
-    row_size = std::max<std::int64_t>(row_size, 1);
     cache_row = shuffled(rng, options.batch_idx ? rows : 0);
     cache_row.resize(options.batch_idx ? shape.query_lens.size() : 0);
     if (options.batch_idx) cache_batch_idx = int_storage(rng, cache_row);
@@ -179,8 +179,8 @@ void KvCacheProblem::reset() {
 }
 
 std::string KvCacheProblem::describe() const {
-  std::string text =
-      fmt::format("{} cached [{}] append {}", shape.describe(), fmt::join(cached, ","), num_appended);
+  std::string text = fmt::format("{} cached [{}] append {}", shape.describe(),
+                                 fmt::join(cached, ","), num_appended);
   text += options.paged ? fmt::format(" paged block_size {}", options.block_size) : " dense";
   if (options.hnd) text += " HND";
   if (options.padded) text += " padded";

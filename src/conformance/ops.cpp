@@ -23,16 +23,14 @@ const std::vector<Op>& ops() {
   return all;
 }
 
-std::string backend_op_name(std::string_view backend) {
-  return "backend:" + std::string(backend);
-}
+std::string backend_op_name(std::string_view backend) { return "backend:" + std::string(backend); }
 
 std::vector<std::string> uncovered_backends() {
   std::vector<std::string> missing;
   for (const Backend* backend : backends()) {
     const std::string name = backend_op_name(backend->name());
-    const bool covered = std::any_of(ops().begin(), ops().end(),
-                                     [&](const Op& op) { return op.name == name; });
+    const bool covered =
+        std::any_of(ops().begin(), ops().end(), [&](const Op& op) { return op.name == name; });
     if (!covered) missing.emplace_back(backend->name());
   }
   return missing;

@@ -35,9 +35,7 @@ class Rng {
   double uniform() { return static_cast<double>(next() >> 11) * 0x1p-53; }
   bool chance(double probability) { return uniform() < probability; }
   /// Bell-shaped with mean 0, variance 1 and |x| <= 3.5 (sum of four uniforms).
-  double bell() {
-    return (uniform() + uniform() + uniform() + uniform() - 2.0) * std::sqrt(3.0);
-  }
+  double bell() { return (uniform() + uniform() + uniform() + uniform() - 2.0) * std::sqrt(3.0); }
   template <typename T>
   T pick(std::initializer_list<T> values) {
     return values.begin()[next() % values.size()];

@@ -74,8 +74,8 @@ void VarlenProblem::make_paged(Rng& rng) {
     if (options.layered) {
       cache.outer_gap = std::int64_t{3} * options.block_size * shape.kv_heads * dim;
     }
-    return Storage(rng, shape.dtype,
-                   {blocks.num_blocks, options.block_size, shape.kv_heads, dim}, cache);
+    return Storage(rng, shape.dtype, {blocks.num_blocks, options.block_size, shape.kv_heads, dim},
+                   cache);
   };
   k = make_cache(shape.head_dim);
   v = make_cache(shape.head_dim_v);

@@ -15,9 +15,9 @@ enum class KvStorage : std::uint8_t { ragged, paged_nhd, paged_hnd };
 /// Memory options of a problem.
 struct VarlenOptions {
   KvStorage kv = KvStorage::ragged;
-  int block_size = 16;      ///< paged
-  bool padded = false;      ///< gaps between rows of every tensor
-  bool layered = false;     ///< paged: other layers lie between consecutive blocks
+  int block_size = 16;   ///< paged
+  bool padded = false;   ///< gaps between rows of every tensor
+  bool layered = false;  ///< paged: other layers lie between consecutive blocks
   bool lse = true;
   bool lse_by_head = false;  ///< lse stored as [Hq, T]
 };

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <cstring>
 
-#include "attend/oracle/attention.h"
 #include "attend/ops/attention.h"
+#include "attend/oracle/attention.h"
 #include "attend/plan/attention_plan.h"
 #include "conformance/check.h"
 #include "conformance/varlen_problem.h"

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <fmt/format.h>
 
-#include "attend/oracle/attention.h"
 #include "attend/ops/attention.h"
+#include "attend/oracle/attention.h"
 #include "conformance/check.h"
 #include "conformance/kvcache_problem.h"
 
@@ -42,8 +42,9 @@ class FlashAttnWithKvCacheCase final : public Case {
         for (int h = 0; h < p.shape.kv_heads; ++h) {
           const std::int64_t key = p.cache_offset(p.k_cache, r, row, h);
           for (int d = 0; d < p.shape.head_dim; ++d, ++next) {
-            compare(outcome, p.k_cache.get(key + d), appended_.value[next], appended_.bound[next],
-                    [&] { return fmt::format("k_cache row {} of request {} [{}, {}]", row, r, h, d); });
+            compare(
+                outcome, p.k_cache.get(key + d), appended_.value[next], appended_.bound[next],
+                [&] { return fmt::format("k_cache row {} of request {} [{}, {}]", row, r, h, d); });
             p.k_cache.accept(key + d);
           }
           const std::int64_t value = p.cache_offset(p.v_cache, r, row, h);
