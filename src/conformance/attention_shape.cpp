@@ -94,12 +94,17 @@ void random_mask(Rng& rng, AttentionShape& s) {
 std::vector<std::int32_t> AttentionShape::query_start_loc() const { return start_loc(query_lens); }
 std::vector<std::int32_t> AttentionShape::key_start_loc() const { return start_loc(seq_lens); }
 
-std::int64_t AttentionShape::first_visible_key(int request) const noexcept {
+std::int32_t AttentionShape::first_visible_key(int request) const noexcept {
   const auto r = static_cast<std::size_t>(request);
   if (query_lens[r] == 0) return seq_lens[r];
   if (window_left < 0) return 0;
-  const std::int64_t first_position = seq_lens[r] - query_lens[r];
-  return std::clamp<std::int64_t>(first_position - window_left, 0, seq_lens[r]);
+  return std::clamp(seq_lens[r] - query_lens[r] - window_left, 0, seq_lens[r]);
+}
+
+std::vector<std::int32_t> AttentionShape::hidden_keys() const {
+  std::vector<std::int32_t> hidden;
+  for (int r = 0; r < num_reqs(); ++r) hidden.push_back(first_visible_key(r));
+  return hidden;
 }
 
 std::string AttentionShape::describe() const {

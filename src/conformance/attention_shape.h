@@ -31,7 +31,9 @@ struct AttentionShape {
   std::vector<std::int32_t> query_start_loc() const;  ///< [B + 1]
   std::vector<std::int32_t> key_start_loc() const;    ///< [B + 1]
   /// First key of a request that any of its queries sees; seq_len if none does.
-  std::int64_t first_visible_key(int request) const noexcept;
+  std::int32_t first_visible_key(int request) const noexcept;
+  /// first_visible_key of every request.
+  std::vector<std::int32_t> hidden_keys() const;
   std::string describe() const;
 };
 

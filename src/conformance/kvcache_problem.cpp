@@ -60,7 +60,8 @@ void KvCacheProblem::choose_lengths(Rng& rng) {
   if (options.append) num_appended = rng.chance(0.5) ? shape.query_lens.front() : rng.range(1, 20);
   if (options.whole_cache) {
     // A cache that is read whole has at least one row.
-    const auto longest = std::max(1, *std::max_element(shape.seq_lens.begin(), shape.seq_lens.end()));
+    const auto longest =
+        std::max(1, *std::max_element(shape.seq_lens.begin(), shape.seq_lens.end()));
     std::fill(shape.seq_lens.begin(), shape.seq_lens.end(), longest);
   }
   for (std::int32_t& n : shape.seq_lens) {
@@ -80,7 +81,10 @@ void KvCacheProblem::make_caches(Rng& rng) {
   for (std::int32_t& n : slots) n += num_appended;
   std::int64_t rows = 0, row_size = 0;
   if (options.paged) {
-    RandomBlocks blocks(rng, slots, options.block_size, options.padded);
+    std::vector<std::int32_t> untouched = shape.hidden_keys();
+    for (std::size_t r = 0; r < cached.size(); ++r)
+      untouched[r] = std::min(untouched[r], cached[r]);
+    RandomBlocks blocks(rng, slots, untouched, options.block_size, options.padded);
     rows = blocks.num_blocks;
     row_size = options.block_size;
     block_table = std::move(blocks.table);

@@ -17,8 +17,8 @@ std::vector<std::int32_t> shuffled(Rng& rng, std::int64_t n) {
   return ids;
 }
 
-RandomBlocks::RandomBlocks(Rng& rng, std::span<const std::int32_t> tokens, int tokens_per_block,
-                           bool padded)
+RandomBlocks::RandomBlocks(Rng& rng, std::span<const std::int32_t> tokens,
+                           std::span<const std::int32_t> unused, int tokens_per_block, bool padded)
     : block_size(tokens_per_block), num_blocks(rng.range(1, 5)) {
   const auto blocks_for = [&](std::int64_t n) { return (n + block_size - 1) / block_size; };
   std::int64_t widest = 0;
@@ -35,11 +35,13 @@ RandomBlocks::RandomBlocks(Rng& rng, std::span<const std::int32_t> tokens, int t
   const std::vector<std::int32_t> ids = shuffled(rng, num_blocks);
   std::size_t next = 0;
   for (std::int64_t r = 0; r < requests; ++r) {
-    const std::int64_t needed = blocks_for(tokens[static_cast<std::size_t>(r)]);
+    const std::int64_t end = blocks_for(tokens[static_cast<std::size_t>(r)]);
+    const std::int64_t begin = unused[static_cast<std::size_t>(r)] / block_size;
     for (std::int64_t b = 0; b < width; ++b) {
       entries[table.offset({r, b})] =
-          b < needed ? ids[next++]
-                     : rng.pick({std::numeric_limits<std::int32_t>::max(), -1, -1000000});
+          b >= begin && b < end
+              ? ids[next++]
+              : rng.pick({std::numeric_limits<std::int32_t>::max(), -1, -1000000});
     }
   }
 }

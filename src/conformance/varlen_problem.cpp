@@ -66,7 +66,7 @@ void VarlenProblem::make_ragged(Rng& rng) {
 
 void VarlenProblem::make_paged(Rng& rng) {
   seq_lens = int_storage(rng, shape.seq_lens);
-  RandomBlocks blocks(rng, shape.seq_lens, options.block_size, options.padded);
+  RandomBlocks blocks(rng, shape.seq_lens, shape.hidden_keys(), options.block_size, options.padded);
   Layout cache;
   if (options.kv == KvStorage::paged_hnd) cache.order = {0, 2, 1, 3};
   cache.padded = options.padded;

@@ -138,7 +138,7 @@ class FlashAttnBackendCase final : public Case {
     spec_.num_layers = rng.chance(0.4) ? rng.range(1, 3) : 0;
     layout_ = rng.pick({KvLayout::nhd, KvLayout::hnd});
     layer_ = spec_.num_layers > 0 ? rng.range(0, spec_.num_layers - 1) : 0;
-    blocks_.emplace(rng, shape_.seq_lens, spec_.block_size, false);
+    blocks_.emplace(rng, shape_.seq_lens, untouched_slots(), spec_.block_size, false);
     spec_.num_blocks = blocks_->num_blocks;
     Layout physical;
     physical.order = backend_.kv_cache_stride_order(layout_, spec_.num_layers > 0);
@@ -153,6 +153,15 @@ class FlashAttnBackendCase final : public Case {
         }
       }
     }
+  }
+
+  /// Slots of each request that are neither read nor written.
+  std::vector<std::int32_t> untouched_slots() const {
+    std::vector<std::int32_t> untouched = shape_.hidden_keys();
+    for (std::size_t r = 0; r < untouched.size(); ++r) {
+      untouched[r] = std::min(untouched[r], shape_.seq_lens[r] - shape_.query_lens[r]);
+    }
+    return untouched;
   }
 
   /// Offset in the whole cache of key (plane 0) or value (plane 1) row j of a request.
