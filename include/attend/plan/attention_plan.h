@@ -39,7 +39,9 @@ struct WorkUnit {
   std::int32_t kv_head;
   std::int32_t q_begin, q_end;          ///< query tokens, relative to the request
   std::int32_t piece_begin, piece_end;  ///< kPieceSize keys each, absolute
-  std::int64_t partial_slot;  ///< first partial in the workspace, -1 = whole, write the output
+  /// First row of its partials in the workspace (piece-major, then row); -1 = the unit covers all
+  /// pieces and writes the output itself.
+  std::int64_t partial_slot;
 };
 
 /// Merge of the partials of a unit that was split along keys.
@@ -47,7 +49,7 @@ struct Reduction {
   std::int32_t request;
   std::int32_t kv_head;
   std::int32_t q_begin, q_end;
-  std::int64_t partial_slot;  ///< num_pieces consecutive slots, ascending pieces
+  std::int64_t partial_slot;  ///< num_pieces groups of rows, ascending pieces
   std::int32_t num_pieces;
 };
 
@@ -56,6 +58,7 @@ struct Reduction {
 struct AttentionPlan {
   std::vector<std::int32_t> query_start_loc;  ///< [B + 1]
   std::vector<std::int32_t> seq_lens;         ///< [B]
+  std::vector<std::int32_t> key_start_loc;    ///< [B + 1] exclusive prefix sum of seq_lens
   std::vector<std::uint8_t> request_causal;   ///< [B]
   int num_q_heads = 0, num_kv_heads = 0, head_dim_qk = 0, head_dim_v = 0;
   int window_left = -1, window_right = -1;
@@ -64,8 +67,9 @@ struct AttentionPlan {
 
   std::vector<WorkUnit> units;        ///< largest first
   std::vector<Reduction> reductions;  ///< run after all units
-  std::int64_t num_partial_slots = 0;
-  std::size_t workspace_bytes = 0;  ///< partials and the workers' scratch together
+  int max_unit_rows = 0;              ///< query rows (tokens * group) of the largest unit
+  std::int64_t num_partial_rows = 0;  ///< rows of partial results that split units store
+  std::size_t workspace_bytes = 0;    ///< partials and the workers' scratch together
 
   int num_reqs() const noexcept { return static_cast<int>(seq_lens.size()); }
   int num_tokens() const noexcept { return query_start_loc.empty() ? 0 : query_start_loc.back(); }

@@ -1,0 +1,97 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+#include <cstdint>
+#include <span>
+
+#include "attend/core/cpu.h"
+#include "attend/core/dtype.h"
+#include "attend/plan/attention_plan.h"
+#include "plan/unit_layout.h"
+
+/// Contract of the CPU attention kernels: one unit of a plan at a time, trusted input, no allocation.
+namespace attend::cpu {
+
+/// Where row (request r, token i, head h) of a tensor lies, in elements.
+struct RowLayout {
+  bool ragged = true;  ///< true: token index is start[r] + i; false: r * stride_request + i
+  std::int64_t stride_request = 0;
+  std::int64_t stride_token = 0;
+  std::int64_t stride_head = 0;
+  std::int64_t offset(const std::int32_t* start, int r, std::int64_t i, int h) const noexcept {
+    const std::int64_t row = ragged ? (start[r] + i) * stride_token
+                                    : r * stride_request + i * stride_token;
+    return row + h * stride_head;
+  }
+};
+
+/// Strides of one key or value tensor, in elements.
+struct KvStrides {
+  std::int64_t block = 0;  ///< paged: block; dense: cache row; ragged: unused
+  std::int64_t token = 0;
+  std::int64_t head = 0;
+};
+
+/// A validated problem: everything but which part of the work to do.
+struct AttentionProblem {
+  DType dtype = DType::f32;    ///< of q, k, v, out
+  const void* q = nullptr;
+  const void* k = nullptr;
+  const void* v = nullptr;
+  void* out = nullptr;
+  float* lse = nullptr;        ///< null = not wanted
+  RowLayout q_layout, out_layout, lse_layout;
+  KvStrides k_strides, v_strides;
+
+  // Which row of the tensors key j of request r is: paged (block_table), else ragged (kv_start), else
+  // dense (batch_idx, leftpad).
+  const std::int32_t* block_table = nullptr;
+  std::int64_t block_table_stride = 0;
+  int block_size = 0;
+  const std::int32_t* kv_start = nullptr;   ///< [B + 1]
+  const std::int32_t* batch_idx = nullptr;  ///< [B] or null = identity
+  const std::int32_t* leftpad = nullptr;    ///< [B] or null = 0
+
+  const std::int32_t* query_start_loc = nullptr;  ///< [B + 1]
+  const std::int32_t* seq_lens = nullptr;         ///< [B]
+  const std::uint8_t* causal = nullptr;           ///< [B]
+  int window_left = -1, window_right = -1;
+
+  int group_size = 1;
+  int head_dim_qk = 0, head_dim_v = 0;
+  float scale = 1.0F;
+  float softcap = 0.0F;                     ///< 0 = off
+  const float* alibi_slopes = nullptr;      ///< null = off
+  std::int64_t alibi_stride_request = 0, alibi_stride_head = 0;
+};
+
+/// Memory of one call: the partials of split units and each worker's scratch.
+struct KernelWorkspace {
+  float* partials = nullptr;  ///< [num_partial_rows, head_dim_v + 2]
+  float* scratch = nullptr;   ///< this worker's
+  plan::ScratchLayout layout;
+};
+
+/// Computes a unit: writes out (and lse), or its pieces' partials.
+using RunUnitFn = void (*)(const AttentionProblem&, const WorkUnit&, const KernelWorkspace&) noexcept;
+/// Merges the partials of a split unit, ascending, and writes out (and lse).
+using ReduceFn = void (*)(const AttentionProblem&, const Reduction&, const KernelWorkspace&) noexcept;
+
+/// One ISA level's kernels.
+struct AttentionKernel {
+  IsaLevel isa;
+  RunUnitFn run_unit_f32, run_unit_f16, run_unit_bf16;
+  ReduceFn reduce_f32, reduce_f16, reduce_bf16;
+  RunUnitFn run_unit(DType t) const noexcept {
+    return t == DType::f32 ? run_unit_f32 : t == DType::f16 ? run_unit_f16 : run_unit_bf16;
+  }
+  ReduceFn reduce(DType t) const noexcept {
+    return t == DType::f32 ? reduce_f32 : t == DType::f16 ? reduce_f16 : reduce_bf16;
+  }
+};
+
+/// All compiled-in kernels, best first; the last is scalar.
+std::span<const AttentionKernel> attention_kernels() noexcept;
+/// Best kernel whose level is not above `level`.
+const AttentionKernel& attention_kernel(IsaLevel level) noexcept;
+
+}  // namespace attend::cpu

@@ -1,0 +1,54 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+#include "attend/plan/attention_plan.h"
+
+/// Sizes that the plan (which tells the caller how much workspace to bring) and the kernels (which
+/// carve it up) must agree on.
+namespace attend::plan {
+
+inline constexpr int kPanelKeys = 32;   ///< keys of one packed K panel
+inline constexpr int kPanelCols = 32;   ///< columns of one packed V panel
+inline constexpr int kMaxTileRows = 12; ///< largest register tile of any ISA level
+inline constexpr int kBlockRows = 48;   ///< rows whose logits are held at once; multiple of every tile
+inline constexpr int kPanels = kPieceSize / kPanelKeys;
+
+constexpr std::int64_t round_up(std::int64_t n, std::int64_t m) { return (n + m - 1) / m * m; }
+
+/// Where one worker's scratch arrays start, in floats from its base (64-byte aligned each).
+struct ScratchLayout {
+  std::int64_t q, s, acc, k_panels, v_panels, rows, total;
+  int padded_rows;  ///< unit rows rounded up to full tiles
+  int padded_dv;    ///< head_dim_v rounded up to full V panels
+};
+
+/// `rows` holds 8 float-sized arrays of padded_rows each.
+inline constexpr int kRowArrays = 8;
+
+constexpr ScratchLayout scratch_layout(int max_unit_rows, int head_dim_qk, int head_dim_v) {
+  ScratchLayout l{};
+  l.padded_rows = static_cast<int>(round_up(max_unit_rows + kMaxTileRows, kBlockRows));
+  l.padded_dv = static_cast<int>(round_up(head_dim_v, kPanelCols));
+  std::int64_t at = 0;
+  auto take = [&at](std::int64_t floats) {
+    const std::int64_t here = at;
+    at += round_up(floats, 16);
+    return here;
+  };
+  l.q = take(std::int64_t{l.padded_rows} * head_dim_qk);
+  l.s = take(std::int64_t{kBlockRows} * kPieceSize);
+  l.acc = take(std::int64_t{l.padded_rows} * l.padded_dv);
+  l.k_panels = take(std::int64_t{kPieceSize} * head_dim_qk);
+  l.v_panels = take(std::int64_t{kPieceSize} * l.padded_dv);
+  l.rows = take(std::int64_t{kRowArrays} * l.padded_rows);
+  // Row pointers of two pieces (current and next), K and V each, 8 bytes a pointer.
+  l.total = round_up(at + std::int64_t{4} * kPieceSize * 2, 1024);
+  return l;
+}
+
+/// Floats of one stored partial row: m, l, then head_dim_v accumulators.
+constexpr std::int64_t partial_row_floats(int head_dim_v) { return head_dim_v + 2; }
+
+}  // namespace attend::plan
