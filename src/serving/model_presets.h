@@ -19,11 +19,12 @@ struct ModelPreset {
   int head_dim = 0;
   int num_layers = 0;
   DType dtype = DType::bf16;
-  std::optional<float> scale;         ///< unset = 1 / sqrt(head_dim)
-  float softcap = 0.0F;               ///< 0 = off
-  std::optional<int> sliding_window;  ///< keys visible in windowed layers, own included
-  int window_period = 1;              ///< layers 0, period, 2 * period, .. are windowed
-  bool alibi = false;                 ///< slopes: alibi_slopes(num_q_heads)
+  std::optional<float> scale = std::nullopt;  ///< unset = 1 / sqrt(head_dim)
+  float softcap = 0.0F;                       ///< 0 = off
+  std::optional<int> sliding_window =
+      std::nullopt;       ///< keys visible in windowed layers, own included
+  int window_period = 1;  ///< layers 0, period, 2 * period, .. are windowed
+  bool alibi = false;     ///< slopes: alibi_slopes(num_q_heads)
   AttentionType attn_type = AttentionType::decoder;
 
   bool is_encoder() const noexcept { return attn_type == AttentionType::encoder_only; }

@@ -53,7 +53,7 @@ std::int64_t Scheduler::blocks_for(std::int64_t tokens) const noexcept {
   return ceil_div(tokens, config_.block_size);
 }
 
-void Scheduler::add(const Request& request) {
+void Scheduler::require_fits(const Request& request) const {
   if (pool_ != nullptr && blocks_for(request.kv_tokens()) > pool_->num_blocks()) {
     throw OutOfBlocks(
         blocks_for(request.kv_tokens()), pool_->num_blocks(),
@@ -61,6 +61,10 @@ void Scheduler::add(const Request& request) {
                     request.id, request.kv_tokens(), pool_->num_blocks() * config_.block_size,
                     pool_->num_blocks(), config_.block_size));
   }
+}
+
+void Scheduler::add(const Request& request) {
+  require_fits(request);
   auto seq = std::make_unique<Sequence>();
   seq->request = &request;
   waiting_.push_back(std::move(seq));

@@ -64,8 +64,9 @@ class Scheduler {
   Scheduler(const SchedulerConfig& config, BlockPool* pool);
   ~Scheduler();
 
-  /// Queues a request, which must outlive the scheduler.
-  /// @throws OutOfBlocks if it could not run even with the whole cache for itself.
+  /// @throws OutOfBlocks if the request could not run even with the whole cache for itself.
+  void require_fits(const Request& request) const;
+  /// Queues a request, which must outlive the scheduler. @throws OutOfBlocks as above.
   void add(const Request& request);
   bool has_work() const noexcept { return !waiting_.empty() || !running_.empty(); }
   /// Chooses the next step; never empty if has_work(). @pre the last step is complete.
