@@ -47,14 +47,16 @@ std::string describe(const AttentionConfig& config);
 /// What a back end can do, as data: the CLI prints it, validate_configuration reads it.
 struct Capability {
   std::vector<DType> dtypes;                 ///< query/key/value types; empty = any
+  std::vector<DType> cpu_only_dtypes;        ///< those of `dtypes` that only the CPU serves
   std::vector<std::string> kv_cache_dtypes;  ///< empty = any
   int head_size_multiple = 1;                ///< head sizes must be a multiple of this
   int max_head_size = 0;                     ///< 0 = no limit
   std::vector<int> head_sizes;               ///< empty = any that fits the two rules above
   std::vector<int> block_sizes;  ///< block size must be a multiple of one of these; empty = any
   std::vector<AttentionType> attn_types = {AttentionType::decoder};
-  std::vector<DeviceType> devices;  ///< where it can be chosen automatically; empty = any
-  int min_cuda_capability = 0;      ///< 10 * major + minor, e.g. 80
+  /// Where it can be chosen automatically; empty = any. Elsewhere only when asked for by name.
+  std::vector<DeviceType> devices;
+  int min_cuda_capability = 0;  ///< 10 * major + minor, e.g. 80
   bool is_mla = false;
   bool is_sparse = false;
   bool supports_sink = false;
@@ -77,11 +79,12 @@ enum class GraphSupport : std::uint8_t {
 /// What a builder is made for: one group of layers with the same cache.
 struct BuilderConfig {
   int num_q_heads = 0;
-  KvCacheSpec cache;     ///< num_blocks may be 0 for encoders without cache
+  KvCacheSpec cache;     ///< num_blocks may be 0 for encoders: they have no cache
   int window_left = -1;  ///< as in AttentionParams
   int window_right = -1;
   int num_speculative_tokens = 0;
   int num_workers = 1;  ///< workers of the executor that will run the plans
+  AttentionType attn_type = AttentionType::decoder;
 };
 
 /// Result of a builder; each back end derives its own. Immutable once built, shared by all layers.

@@ -60,6 +60,12 @@ void flash_attn_varlen(const FlashAttnVarlenArgs& args, Executor* executor = nul
 void flash_attn_varlen(const FlashAttnVarlenArgs& args, const AttentionPlan& plan,
                        Workspace workspace, Executor& executor);
 
+/// Makes the checks of the overload above and nothing else, for callers that write something of
+/// their own (a cache) between the checks and the run. Reads no key, value or query.
+/// @throws InvalidArgument.
+void validate(const FlashAttnVarlenArgs& args, const AttentionPlan& plan, Workspace workspace,
+              const Executor& executor);
+
 /// Arguments of flash_attn_with_kvcache: Sq query tokens of each of B requests against a cache,
 /// with optional append of Snew new rows and rotary embedding.
 struct FlashAttnWithKvCacheArgs {

@@ -31,7 +31,9 @@ struct RowResult {
   std::vector<double> out;       ///< [head_dim_v]
   double lse = 0.0;              ///< natural log; -inf if no key is visible
   std::vector<double> abs_out;   ///< [head_dim_v] sum_j p_j |v_j|
-  double logit_magnitude = 0.0;  ///< max over visible j of |scale| * sum_d |q_d k_jd| (+ |bias|)
+  double logit_magnitude = 0.0;  ///< max over visible j of |scale| * sum_d |q_d k_jd|
+  double bias_magnitude = 0.0;   ///< max over visible j of the ALiBi bias's absolute value
+  double softcap = 0.0;          ///< of the problem; 0 = off
   std::int64_t visible_keys = 0;
 };
 RowResult attention_row(const RowProblem& p);
@@ -54,6 +56,12 @@ struct Result {
 Result flash_attn_varlen(const FlashAttnVarlenArgs& args);
 /// Reference of flash_attn_with_kvcache: caches are read as they were before the call.
 Result flash_attn_with_kvcache(const FlashAttnWithKvCacheArgs& args);
+/// What the append of flash_attn_with_kvcache must leave in the cache, [B, Snew, Hkv, D].
+struct AppendedKeys {
+  std::vector<double> value;  ///< new keys, rotated and rounded to the dtype of the cache
+  std::vector<double> bound;  ///< largest error per element; 0 = the bits must agree
+};
+AppendedKeys appended_keys(const FlashAttnWithKvCacheArgs& args);
 /// Reference of merge_attn_states.
 Result merge_attn_states(const MergeAttnStatesArgs& args);
 

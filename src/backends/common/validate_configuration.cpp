@@ -1,0 +1,139 @@
+// SPDX-License-Identifier: Apache-2.0
+// Reads a Capability against an AttentionConfig. The order of the reasons is fixed: see
+// docs/selection.md.
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <cstddef>
+
+#include "attend/backend/backend.h"
+#include "backends/common/kv_cache_dtype.h"
+
+namespace attend {
+namespace {
+
+using Reasons = std::vector<std::string>;
+
+template <typename T>
+bool contains(const std::vector<T>& values, const T& value) {
+  return std::find(values.begin(), values.end(), value) != values.end();
+}
+
+/// "a, b or c"
+template <typename T, typename Name>
+std::string one_of(const std::vector<T>& values, Name name) {
+  std::string text;
+  for (std::size_t i = 0; i < values.size(); ++i) {
+    if (i > 0) text += i + 1 == values.size() ? " or " : ", ";
+    text += fmt::format("{}", name(values[i]));
+  }
+  return text;
+}
+
+void check_head_size(const Capability& can, const AttentionConfig& c, Reasons& reasons) {
+  const bool fits_rules = c.head_size > 0 && c.head_size % can.head_size_multiple == 0 &&
+                          (can.max_head_size == 0 || c.head_size <= can.max_head_size);
+  if (fits_rules && (can.head_sizes.empty() || contains(can.head_sizes, c.head_size))) return;
+  std::string rule;
+  if (!can.head_sizes.empty()) {
+    rule = one_of(can.head_sizes, [](int n) { return n; });
+  } else if (can.max_head_size == 0) {
+    rule = fmt::format("a positive multiple of {}", can.head_size_multiple);
+  } else {
+    rule = fmt::format("a multiple of {}, at most {}", can.head_size_multiple, can.max_head_size);
+  }
+  reasons.push_back(fmt::format("head_size not supported: {} (must be {})", c.head_size, rule));
+}
+
+void check_dtype(const Capability& can, const AttentionConfig& c, Reasons& reasons) {
+  std::vector<DType> served = can.dtypes;
+  const bool on_cpu = c.platform.type == DeviceType::cpu;
+  if (!on_cpu) {
+    std::erase_if(served, [&](DType t) { return contains(can.cpu_only_dtypes, t); });
+  }
+  if (can.dtypes.empty() || contains(served, c.dtype)) return;
+  const bool cpu_would_do = !on_cpu && contains(can.dtypes, c.dtype);
+  reasons.push_back(
+      fmt::format("dtype not supported: {}{} (must be {})", to_string(c.dtype),
+                  cpu_would_do ? fmt::format(" on {}", to_string(c.platform)) : std::string(),
+                  one_of(served, [](DType t) { return to_string(t); })));
+}
+
+void check_kv_cache_dtype(const Capability& can, const AttentionConfig& c, Reasons& reasons) {
+  const std::string wanted = canonical_kv_cache_dtype(c.kv_cache_dtype);
+  if (can.kv_cache_dtypes.empty() || contains(can.kv_cache_dtypes, wanted)) return;
+  reasons.push_back(
+      fmt::format("kv_cache_dtype not supported: {} (must be {})", c.kv_cache_dtype,
+                  one_of(can.kv_cache_dtypes, [](const std::string& s) { return s; })));
+}
+
+void check_block_size(const Capability& can, const AttentionConfig& c, Reasons& reasons) {
+  if (!c.block_size) return;
+  const int size = *c.block_size;
+  const bool fits = std::any_of(can.block_sizes.begin(), can.block_sizes.end(),
+                                [&](int base) { return size % base == 0; });
+  if (size > 0 && (can.block_sizes.empty() || fits)) return;
+  const std::string rule =
+      can.block_sizes.empty()
+          ? "positive"
+          : "a multiple of " + one_of(can.block_sizes, [](int base) { return base; });
+  reasons.push_back(fmt::format("block_size not supported: {} (must be {})", size, rule));
+}
+
+void check_compute_capability(const Capability& can, const AttentionConfig& c, Reasons& reasons) {
+  const Platform& p = c.platform;
+  if (p.type != DeviceType::cuda || p.capability() >= can.min_cuda_capability) return;
+  reasons.push_back(fmt::format("compute capability not supported: {}.{} (must be at least {}.{})",
+                                p.capability_major, p.capability_minor,
+                                can.min_cuda_capability / 10, can.min_cuda_capability % 10));
+}
+
+void check_attn_type(const Capability& can, const AttentionConfig& c, Reasons& reasons) {
+  if (contains(can.attn_types, c.attn_type)) return;
+  reasons.push_back(
+      fmt::format("attention type {} not supported (must be {})", to_string(c.attn_type),
+                  one_of(can.attn_types, [](AttentionType t) { return to_string(t); })));
+}
+
+}  // namespace
+
+std::vector<std::string> Backend::validate_configuration(const AttentionConfig& c) const {
+  const Capability& can = capability();
+  Reasons reasons;
+  const auto refuse_if = [&](bool refused, std::string_view reason) {
+    if (refused) reasons.emplace_back(reason);
+  };
+  check_head_size(can, c, reasons);
+  check_dtype(can, c, reasons);
+  check_kv_cache_dtype(can, c, reasons);
+  check_block_size(can, c, reasons);
+  refuse_if(c.use_mm_prefix && !can.supports_mm_prefix,
+            "partial multimodal token full attention not supported");
+  refuse_if(c.use_mla && !can.is_mla, "MLA not supported");
+  refuse_if(!c.use_mla && can.is_mla, "non-MLA not supported");
+  refuse_if(c.has_sink && !can.supports_sink, "attention sinks not supported");
+  refuse_if(c.use_alibi_sqrt && !can.supports_alibi_sqrt, "square-root ALiBi not supported");
+  refuse_if(c.use_sparse && !can.is_sparse, "sparse not supported");
+  refuse_if(!c.use_sparse && can.is_sparse, "non-sparse not supported");
+  refuse_if(c.use_per_head_quant_scales && !can.supports_per_head_quant_scales,
+            "per-head quant scales not supported");
+  check_compute_capability(can, c, reasons);
+  check_attn_type(can, c, reasons);
+  refuse_if(c.use_non_causal && !can.supports_non_causal, "non-causal attention not supported");
+  refuse_if(c.batch_invariant && !can.supports_batch_invariance, "batch invariance not supported");
+  refuse_if(c.use_kv_connector && !can.supports_kv_connector, "KV connector not supported");
+  if (std::optional<std::string> reason = supports_combination(c)) {
+    reasons.push_back(*std::move(reason));
+  }
+  return reasons;
+}
+
+int Backend::preferred_block_size(int preferred) const noexcept {
+  const std::vector<int>& bases = capability().block_sizes;
+  const bool fits = bases.empty() || std::any_of(bases.begin(), bases.end(),
+                                                 [&](int base) { return preferred % base == 0; });
+  if (preferred > 0 && fits) return preferred;
+  return bases.empty() ? 1 : *std::min_element(bases.begin(), bases.end());
+}
+
+}  // namespace attend

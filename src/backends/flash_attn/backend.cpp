@@ -1,0 +1,98 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <fmt/format.h>
+
+#include "attend/core/error.h"
+#include "backends/common/kv_cache_dtype.h"
+#include "backends/flash_attn/flash_attn.h"
+
+namespace attend::flash_attn {
+namespace {
+
+class FlashAttnBackend final : public Backend {
+ public:
+  std::string_view name() const noexcept override { return "FLASH_ATTN"; }
+  const Capability& capability() const noexcept override { return capability_; }
+
+  std::vector<std::int64_t> kv_cache_shape(const KvCacheSpec& spec) const override {
+    if (spec.block_size < 1 || spec.block_size % kBlockSizeMultiple != 0) {
+      throw InvalidArgument("FLASH_ATTN.kv_cache_shape", "block_size",
+                            fmt::format("a positive multiple of {}", kBlockSizeMultiple),
+                            fmt::to_string(spec.block_size));
+    }
+    return flash_attn_cache_shape(spec);
+  }
+  std::vector<int> kv_cache_stride_order(KvLayout layout, bool include_layers) const override {
+    return flash_attn_stride_order(layout, include_layers);
+  }
+  int kv_cache_block_dim() const noexcept override { return 1; }
+
+  std::unique_ptr<MetadataBuilder> make_builder(const BuilderConfig& config) const override {
+    return flash_attn::make_builder(config);
+  }
+  std::unique_ptr<Impl> make_impl(const ImplConfig& config) const override {
+    return flash_attn::make_impl(config);
+  }
+
+ protected:
+  std::optional<std::string> supports_combination(const AttentionConfig& c) const override {
+    // Quantised caches already have their own reason: only the compute types are compared.
+    const std::optional<DType> stored = resolve_kv_cache_dtype(c.kv_cache_dtype, c.dtype);
+    if (!stored || !is_float_compute(*stored) || *stored == c.dtype) return std::nullopt;
+    return fmt::format(
+        "kv_cache_dtype {} differs from dtype {} (the cache stores keys as they are)",
+        to_string(*stored), to_string(c.dtype));
+  }
+
+ private:
+  static Capability make_capability() {
+    Capability can;
+    can.dtypes = {DType::f16, DType::bf16, DType::f32};
+    can.cpu_only_dtypes = {DType::f32};
+    can.kv_cache_dtypes = {"auto", "f16", "bf16", "f32"};
+    can.head_size_multiple = kHeadSizeMultiple;
+    can.max_head_size = kMaxHeadSize;
+    can.block_sizes = {kBlockSizeMultiple};
+    can.attn_types = {AttentionType::decoder, AttentionType::encoder, AttentionType::encoder_only};
+    can.devices = {DeviceType::cpu, DeviceType::cuda};
+    can.min_cuda_capability = 80;
+    can.supports_non_causal = true;
+    can.supports_batch_invariance = true;
+    return can;
+  }
+  Capability capability_ = make_capability();
+};
+
+}  // namespace
+
+const Backend& backend() noexcept {
+  static const FlashAttnBackend instance;
+  return instance;
+}
+
+void check_heads(std::string_view op, int num_q_heads, int num_kv_heads, int head_size) {
+  if (num_kv_heads < 1) {
+    throw InvalidArgument(op, "num_kv_heads", ">= 1", fmt::to_string(num_kv_heads));
+  }
+  if (num_q_heads < 1 || num_q_heads % num_kv_heads != 0) {
+    throw InvalidArgument(op, "num_q_heads",
+                          fmt::format("a positive multiple of num_kv_heads = {}", num_kv_heads),
+                          fmt::to_string(num_q_heads));
+  }
+  if (head_size < 1 || head_size % kHeadSizeMultiple != 0 || head_size > kMaxHeadSize) {
+    throw InvalidArgument(
+        op, "head_size",
+        fmt::format("a multiple of {}, at most {}", kHeadSizeMultiple, kMaxHeadSize),
+        fmt::to_string(head_size));
+  }
+}
+
+void check_attn_type(std::string_view op, AttentionType type) {
+  if (type == AttentionType::decoder || type == AttentionType::encoder ||
+      type == AttentionType::encoder_only) {
+    return;
+  }
+  throw InvalidArgument(op, "attn_type", "decoder, encoder or encoder_only",
+                        std::string(to_string(type)));
+}
+
+}  // namespace attend::flash_attn

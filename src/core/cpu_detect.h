@@ -1,0 +1,21 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+#include <optional>
+#include <span>
+#include <string_view>
+
+#include "attend/core/cpu.h"
+
+namespace attend {
+
+/// Asks this machine; one implementation per processor family (cpu_x86.cpp, cpu_generic.cpp).
+CpuInfo detect_cpu();
+
+/// Fills the cache sizes that are still 0 with what the operating system says.
+void add_os_cache_sizes(CpuInfo& info) noexcept;
+
+/// The level that a value of ATTEND_ISA (nullopt = unset) stands for among `available` (ascending).
+/// @throws Unsupported for an unknown or unavailable level.
+IsaLevel resolve_isa(std::optional<std::string_view> wanted, std::span<const IsaLevel> available);
+
+}  // namespace attend

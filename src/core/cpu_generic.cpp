@@ -1,0 +1,28 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <fstream>
+
+#include "core/cpu_detect.h"
+
+namespace attend {
+namespace {
+
+std::string model_name() {
+  std::ifstream file("/proc/cpuinfo");
+  std::string line;
+  while (std::getline(file, line)) {
+    const auto colon = line.find(": ");
+    if (line.starts_with("model name") && colon != std::string::npos) return line.substr(colon + 2);
+  }
+  return {};
+}
+
+}  // namespace
+
+CpuInfo detect_cpu() {
+  CpuInfo info;
+  info.model = model_name();
+  add_os_cache_sizes(info);
+  return info;
+}
+
+}  // namespace attend

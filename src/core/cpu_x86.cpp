@@ -1,0 +1,96 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <cpuid.h>
+
+#include <array>
+#include <cstring>
+
+#include "core/cpu_detect.h"
+#include "core/x86_features.h"
+
+namespace attend {
+namespace {
+
+struct Registers {
+  std::uint32_t eax = 0, ebx = 0, ecx = 0, edx = 0;
+};
+
+// All zero if the CPU lacks the leaf.
+Registers cpuid(std::uint32_t leaf, std::uint32_t subleaf = 0) noexcept {
+  Registers r;
+  __get_cpuid_count(leaf, subleaf, &r.eax, &r.ebx, &r.ecx, &r.edx);
+  return r;
+}
+
+std::uint64_t xgetbv() noexcept {
+  std::uint32_t low = 0;
+  std::uint32_t high = 0;
+  __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  return std::uint64_t{high} << 32 | low;
+}
+
+X86Features read_features() noexcept {
+  constexpr std::uint32_t kOsXsave = 1U << 27;
+  const Registers leaf1 = cpuid(1);
+  const Registers leaf7 = cpuid(7);
+  X86Features f;
+  f.leaf1_ecx = leaf1.ecx;
+  f.leaf7_ebx = leaf7.ebx;
+  f.leaf7_ecx = leaf7.ecx;
+  f.leaf7_edx = leaf7.edx;
+  f.leaf7_1_eax = leaf7.eax >= 1 ? cpuid(7, 1).eax : 0;
+  f.xcr0 = (leaf1.ecx & kOsXsave) != 0 ? xgetbv() : 0;
+  return f;
+}
+
+std::string brand_string() {
+  constexpr std::uint32_t kFirst = 0x80000002U;
+  std::array<char, 3 * sizeof(Registers) + 1> text{};
+  if (cpuid(0x80000000U).eax < kFirst + 2) return {};
+  for (std::uint32_t i = 0; i < 3; ++i) {
+    const Registers r = cpuid(kFirst + i);
+    std::memcpy(text.data() + i * sizeof(Registers), &r, sizeof(Registers));
+  }
+  std::string brand(text.data());
+  const auto begin = brand.find_first_not_of(' ');
+  const auto end = brand.find_last_not_of(' ');
+  return begin == std::string::npos ? std::string{} : brand.substr(begin, end - begin + 1);
+}
+
+// Reads cache descriptions of leaf 4 (Intel) or its copy 0x8000001d (AMD).
+void read_caches(std::uint32_t leaf, CpuInfo& info) noexcept {
+  constexpr std::uint32_t kData = 1;
+  constexpr std::uint32_t kUnified = 3;
+  constexpr std::uint32_t kMaxCaches = 16;
+  for (std::uint32_t i = 0; i < kMaxCaches; ++i) {
+    const Registers r = cpuid(leaf, i);
+    const std::uint32_t kind = r.eax & 0x1FU;
+    if (kind == 0) return;
+    if (kind != kData && kind != kUnified) continue;
+    const std::int64_t line = (r.ebx & 0xFFFU) + 1;
+    const std::int64_t partitions = ((r.ebx >> 12) & 0x3FFU) + 1;
+    const std::int64_t ways = ((r.ebx >> 22) & 0x3FFU) + 1;
+    const std::int64_t bytes = line * partitions * ways * (std::int64_t{r.ecx} + 1);
+    const std::uint32_t level = (r.eax >> 5) & 0x7U;
+    if (level == 1) info.l1d_bytes = bytes;
+    if (level == 2) info.l2_bytes = bytes;
+    if (level == 3) info.l3_bytes = bytes;
+  }
+}
+
+}  // namespace
+
+CpuInfo detect_cpu() {
+  constexpr std::uint32_t kAmdCaches = 0x8000001DU;
+  constexpr std::uint32_t kTopologyExtensions = 1U << 22;
+  CpuInfo info;
+  info.model = brand_string();
+  info.best = best_isa(read_features());
+  read_caches(4, info);
+  const bool has_amd_leaf =
+      cpuid(0x80000000U).eax >= kAmdCaches && (cpuid(0x80000001U).ecx & kTopologyExtensions) != 0;
+  if (info.l1d_bytes == 0 && has_amd_leaf) read_caches(kAmdCaches, info);
+  add_os_cache_sizes(info);
+  return info;
+}
+
+}  // namespace attend

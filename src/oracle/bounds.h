@@ -1,0 +1,14 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+#include "attend/core/dtype.h"
+
+namespace attend::oracle {
+
+inline constexpr double kUnit = 0x1p-24;       ///< unit roundoff of float32
+inline constexpr double kExp2Error = 0x1p-21;  ///< relative error of the kernels' exp2
+inline constexpr double kTanhError = 0x1p-21;  ///< absolute error of the kernels' tanh
+
+/// Error of rounding a value of that magnitude to `dtype`, to nearest.
+double rounding_error(DType dtype, double magnitude);
+
+}  // namespace attend::oracle

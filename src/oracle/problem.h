@@ -1,0 +1,49 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <vector>
+
+#include "oracle/element.h"
+#include "oracle/row.h"
+
+namespace attend::oracle {
+
+/// Decoded rows of one kv head of one request, [num_rows, dim].
+struct Rows {
+  int dim = 0;
+  std::vector<double> values;
+  double operator()(std::int64_t j, int d) const noexcept {
+    return values[static_cast<std::size_t>(j * dim + d)];
+  }
+  void append(const ConstTensorView& t, std::int64_t offset) {
+    for (int d = 0; d < dim; ++d) values.push_back(element(t, offset + d * last_stride(t)));
+  }
+  static std::int64_t last_stride(const ConstTensorView& t) noexcept {
+    return t.strides[t.rank - 1];
+  }
+};
+
+/// Row problem with everything that does not depend on the query token or head.
+inline RowProblem row_problem(const AttentionParams& params, int head_dim_qk, int head_dim_v,
+                              std::int64_t num_keys) {
+  RowProblem p;
+  p.head_dim_qk = head_dim_qk;
+  p.head_dim_v = head_dim_v;
+  p.num_keys = num_keys;
+  p.scale = params.scale ? static_cast<double>(*params.scale) : 1.0 / std::sqrt(head_dim_qk);
+  p.causal = params.causal;
+  p.window_left = params.window_left;
+  p.window_right = params.window_right;
+  p.softcap = params.softcap;
+  return p;
+}
+
+/// Slope of a head: [Hq] or [B, Hq]; 0 if ALiBi is off.
+inline double alibi_slope(const AttentionParams& params, std::int64_t request, std::int64_t head) {
+  const ConstTensorView& slopes = params.alibi_slopes;
+  if (!slopes.defined()) return 0.0;
+  return slopes.rank == 1 ? at(slopes, {head}) : at(slopes, {request, head});
+}
+
+}  // namespace attend::oracle
