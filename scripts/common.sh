@@ -1,6 +1,7 @@
 # shellcheck shell=bash
 # What the scripts share. Source it from a bash script; it changes into the root of the checkout.
 set -euo pipefail
+caller=$PWD
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$root"
 
@@ -51,7 +52,7 @@ and build with: cmake --preset release && cmake --build --preset release" 2
       die "not root and no sudo; as root run: apt-get install ${missing[*]}" 2
     as_root=(sudo)
   fi
-  as_root+=(env DEBIAN_FRONTEND=noninteractive apt-get -qq -o Dpkg::Use-Pty=0)
+  as_root+=(env DEBIAN_FRONTEND=noninteractive DEBCONF_NOWARNINGS=yes apt-get -qq -o Dpkg::Use-Pty=0)
   "${as_root[@]}" update </dev/null
   "${as_root[@]}" install -y --no-install-recommends "${missing[@]}" </dev/null >/dev/null
 }

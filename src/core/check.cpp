@@ -110,13 +110,19 @@ void contiguous(Where where, const ConstTensorView& t) {
 
 void distinct_elements(Where where, const ConstTensorView& t) {
   if (t.numel() == 0) return;
+  // Insertion sort by stride: at most six entries.
   std::array<int, kMaxRank> order{};
   int count = 0;
   for (int i = 0; i < t.rank; ++i) {
-    if (t.shape[i] > 1) order[static_cast<std::size_t>(count++)] = i;
+    if (t.shape[i] < 2) continue;
+    int at = count++;
+    for (; at > 0; --at) {
+      const int before = order[static_cast<std::size_t>(at - 1)];
+      if (std::abs(t.strides[before]) <= std::abs(t.strides[i])) break;
+      order[static_cast<std::size_t>(at)] = before;
+    }
+    order[static_cast<std::size_t>(at)] = i;
   }
-  std::sort(order.begin(), order.begin() + count,
-            [&](int a, int b) { return std::abs(t.strides[a]) < std::abs(t.strides[b]); });
   std::int64_t reach = 0;  // of the dimensions with smaller strides
   for (int k = 0; k < count; ++k) {
     const int i = order[static_cast<std::size_t>(k)];

@@ -9,10 +9,11 @@
 /// carve it up) must agree on.
 namespace attend::plan {
 
-inline constexpr int kPanelKeys = 32;   ///< keys of one packed K panel
-inline constexpr int kPanelCols = 32;   ///< columns of one packed V panel
-inline constexpr int kMaxTileRows = 12; ///< largest register tile of any ISA level
-inline constexpr int kBlockRows = 48;   ///< rows whose logits are held at once; multiple of every tile
+inline constexpr int kPanelKeys = 32;    ///< keys of one packed K panel
+inline constexpr int kPanelCols = 32;    ///< columns of one packed V panel
+inline constexpr int kMaxTileRows = 12;  ///< largest register tile of any ISA level
+inline constexpr int kBlockRows =
+    48;  ///< rows whose logits are held at once; multiple of every tile
 inline constexpr int kPanels = kPieceSize / kPanelKeys;
 
 constexpr std::int64_t round_up(std::int64_t n, std::int64_t m) { return (n + m - 1) / m * m; }
@@ -50,5 +51,17 @@ constexpr ScratchLayout scratch_layout(int max_unit_rows, int head_dim_qk, int h
 
 /// Floats of one stored partial row: m, l, then head_dim_v accumulators.
 constexpr std::int64_t partial_row_floats(int head_dim_v) { return head_dim_v + 2; }
+
+/// Floats of all partials, with room for a vector that runs over the last row's end.
+constexpr std::int64_t partial_floats(const AttentionPlan& p) {
+  return round_up(p.num_partial_rows * partial_row_floats(p.head_dim_v) + 16, 16);
+}
+
+/// Bytes of an op's workspace: partials, one scratch a worker, and slack to align the start.
+constexpr std::size_t workspace_bytes(const AttentionPlan& p) {
+  const ScratchLayout scratch = scratch_layout(p.max_unit_rows, p.head_dim_qk, p.head_dim_v);
+  const std::int64_t floats = partial_floats(p) + scratch.total * p.num_workers;
+  return static_cast<std::size_t>(floats) * sizeof(float) + 64;
+}
 
 }  // namespace attend::plan

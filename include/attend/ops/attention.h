@@ -17,7 +17,7 @@ namespace attend {
 
 /// How logits become probabilities.
 struct AttentionParams {
-  std::optional<float> scale;  ///< multiplies q.k; finite; unset = 1 / sqrt(head_dim_qk)
+  std::optional<float> scale;  ///< multiplies q.k; finite, > 0; unset = 1 / sqrt(head_dim_qk)
   bool causal = false;         ///< key j visible to position p only if j <= p
   int window_left = -1;        ///< keys p - window_left .. p visible; -1 = all
   int window_right = -1;       ///< keys p .. p + window_right visible; -1 = all; ignored if causal

@@ -18,6 +18,7 @@ inline constexpr int kPieceSize = 256;
 
 /// What a plan is made for: one batch, one attention shape.
 struct AttentionPlanInput {
+  const char* op = "plan_attention";              ///< name that errors carry
   std::span<const std::int32_t> query_start_loc;  ///< [B + 1], starts with 0, non-decreasing
   std::span<const std::int32_t> seq_lens;         ///< [B] keys per request, >= 0
   int num_q_heads = 0;

@@ -8,7 +8,8 @@
 #include "attend/plan/attention_plan.h"
 #include "plan/unit_layout.h"
 
-/// Contract of the CPU attention kernels: one unit of a plan at a time, trusted input, no allocation.
+/// Contract of the CPU attention kernels: one unit of a plan at a time, trusted input, no
+/// allocation.
 namespace attend::cpu {
 
 /// Where row (request r, token i, head h) of a tensor lies, in elements.
@@ -18,8 +19,8 @@ struct RowLayout {
   std::int64_t stride_token = 0;
   std::int64_t stride_head = 0;
   std::int64_t offset(const std::int32_t* start, int r, std::int64_t i, int h) const noexcept {
-    const std::int64_t row = ragged ? (start[r] + i) * stride_token
-                                    : r * stride_request + i * stride_token;
+    const std::int64_t row =
+        ragged ? (start[r] + i) * stride_token : r * stride_request + i * stride_token;
     return row + h * stride_head;
   }
 };
@@ -33,17 +34,17 @@ struct KvStrides {
 
 /// A validated problem: everything but which part of the work to do.
 struct AttentionProblem {
-  DType dtype = DType::f32;    ///< of q, k, v, out
+  DType dtype = DType::f32;  ///< of q, k, v, out
   const void* q = nullptr;
   const void* k = nullptr;
   const void* v = nullptr;
   void* out = nullptr;
-  float* lse = nullptr;        ///< null = not wanted
+  float* lse = nullptr;  ///< null = not wanted
   RowLayout q_layout, out_layout, lse_layout;
   KvStrides k_strides, v_strides;
 
-  // Which row of the tensors key j of request r is: paged (block_table), else ragged (kv_start), else
-  // dense (batch_idx, leftpad).
+  // Which row of the tensors key j of request r is: paged (block_table), else ragged (kv_start),
+  // else dense (batch_idx, leftpad).
   const std::int32_t* block_table = nullptr;
   std::int64_t block_table_stride = 0;
   int block_size = 0;
@@ -59,8 +60,8 @@ struct AttentionProblem {
   int group_size = 1;
   int head_dim_qk = 0, head_dim_v = 0;
   float scale = 1.0F;
-  float softcap = 0.0F;                     ///< 0 = off
-  const float* alibi_slopes = nullptr;      ///< null = off
+  float softcap = 0.0F;                 ///< 0 = off
+  const float* alibi_slopes = nullptr;  ///< null = off
   std::int64_t alibi_stride_request = 0, alibi_stride_head = 0;
 };
 
@@ -72,9 +73,11 @@ struct KernelWorkspace {
 };
 
 /// Computes a unit: writes out (and lse), or its pieces' partials.
-using RunUnitFn = void (*)(const AttentionProblem&, const WorkUnit&, const KernelWorkspace&) noexcept;
+using RunUnitFn = void (*)(const AttentionProblem&, const WorkUnit&,
+                           const KernelWorkspace&) noexcept;
 /// Merges the partials of a split unit, ascending, and writes out (and lse).
-using ReduceFn = void (*)(const AttentionProblem&, const Reduction&, const KernelWorkspace&) noexcept;
+using ReduceFn = void (*)(const AttentionProblem&, const Reduction&,
+                          const KernelWorkspace&) noexcept;
 
 /// One ISA level's kernels.
 struct AttentionKernel {

@@ -3,8 +3,8 @@
 
 namespace attend::cpu {
 
-#define ATTEND_ATTENTION_KERNEL(ns, level) \
-  namespace ns {                           \
+#define ATTEND_ATTENTION_KERNEL(ns, level)           \
+  namespace ns {                                     \
   AttentionKernel attention_kernel_entry() noexcept; \
   }
 #include "kernels/cpu/attention/kernels.inc"

@@ -1,0 +1,97 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "attend/cache/kv_cache_spec.h"
+
+#include "core/check.h"
+
+namespace attend {
+
+std::string_view to_string(KvLayout layout) noexcept {
+  return layout == KvLayout::nhd ? "NHD" : "HND";
+}
+
+std::optional<KvLayout> parse_kv_layout(std::string_view name) noexcept {
+  if (name == "NHD" || name == "nhd") return KvLayout::nhd;
+  if (name == "HND" || name == "hnd") return KvLayout::hnd;
+  return std::nullopt;
+}
+
+void KvCacheSpec::validate() const {
+  constexpr std::string_view kOp = "KvCacheSpec::validate";
+  const auto at_least = [&](std::string_view name, std::int64_t value, std::int64_t smallest) {
+    check::require(
+        value >= smallest, {kOp, name}, [&] { return fmt::format("a number >= {}", smallest); },
+        value);
+  };
+  at_least("num_blocks", num_blocks, 1);
+  at_least("block_size", block_size, 1);
+  at_least("num_kv_heads", num_kv_heads, 1);
+  at_least("head_size", head_size, 1);
+  at_least("num_layers", num_layers, 0);
+
+  constexpr std::int64_t kMaxBytes = std::int64_t{1} << 62;
+  std::int64_t bytes = 2 * static_cast<std::int64_t>(size_of(dtype));
+  for (const std::int64_t factor :
+       {num_blocks, std::int64_t{block_size}, std::int64_t{num_kv_heads}, std::int64_t{head_size},
+        std::int64_t{num_layers == 0 ? 1 : num_layers}}) {
+    const bool overflow = __builtin_mul_overflow(bytes, factor, &bytes);
+    check::require(
+        !overflow && bytes <= kMaxBytes, {kOp, "num_blocks"}, "a cache of at most 2^62 bytes", [&] {
+          return fmt::format("{} blocks of {} x {} x {} {} in {} layers", num_blocks, block_size,
+                             num_kv_heads, head_size, to_string(dtype), num_layers);
+        });
+  }
+}
+
+std::vector<std::int64_t> flash_attn_cache_shape(const KvCacheSpec& spec) {
+  spec.validate();
+  std::vector<std::int64_t> shape = {2, spec.num_blocks, spec.block_size, spec.num_kv_heads,
+                                     spec.head_size};
+  if (spec.num_layers > 0) shape.insert(shape.begin(), spec.num_layers);
+  return shape;
+}
+
+std::vector<int> flash_attn_stride_order(KvLayout layout, bool include_layers) {
+  if (include_layers) {
+    return layout == KvLayout::nhd ? std::vector{2, 0, 1, 3, 4, 5} : std::vector{2, 4, 0, 1, 3, 5};
+  }
+  return layout == KvLayout::nhd ? std::vector{0, 1, 2, 3, 4} : std::vector{0, 1, 3, 2, 4};
+}
+
+std::int64_t cache_bytes(std::span<const std::int64_t> shape, DType dtype) noexcept {
+  auto bytes = static_cast<std::int64_t>(size_of(dtype));
+  for (const std::int64_t n : shape) bytes *= n;
+  return bytes;
+}
+
+TensorView cache_view(void* data, DType dtype, std::span<const std::int64_t> logical_shape,
+                      std::span<const int> order) {
+  constexpr std::string_view kOp = "cache_view";
+  const auto rank = logical_shape.size();
+  check::require(
+      rank <= kMaxRank, {kOp, "logical_shape"},
+      [] { return fmt::format("at most {} dimensions", kMaxRank); }, rank);
+  check::require(
+      order.size() == rank, {kOp, "order"}, [&] { return fmt::format("{} entries", rank); },
+      order.size());
+  TensorView view;
+  view.data = data;
+  view.dtype = dtype;
+  view.rank = static_cast<int>(rank);
+  std::int64_t stride = 1;
+  unsigned seen = 0;
+  for (std::size_t i = rank; i-- > 0;) {
+    const int dim = order[i];
+    const bool fresh = dim >= 0 && dim < view.rank && (seen >> dim & 1U) == 0;
+    check::require(
+        fresh, {kOp, "order"}, [&] { return fmt::format("a permutation of {}", rank); },
+        [&] { return fmt::format("{} at index {}", dim, i); });
+    seen |= 1U << dim;
+    const auto d = static_cast<std::size_t>(dim);
+    view.shape[d] = logical_shape[d];
+    view.strides[d] = stride;
+    stride *= logical_shape[d];
+  }
+  return view;
+}
+
+}  // namespace attend

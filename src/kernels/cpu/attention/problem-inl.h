@@ -1,0 +1,113 @@
+// SPDX-License-Identifier: Apache-2.0
+// Addresses, visible ranges and the worker's scratch of one unit. Included inside an ISA namespace.
+
+/// Keys [lo, hi) in absolute positions.
+struct KeyRange {
+  int lo, hi;
+};
+
+/// Keys that the query at `position` may see.
+ATTEND_INLINE KeyRange visible_keys(const AttentionProblem& p, int r, int position) {
+  const int num_keys = p.seq_lens[r];
+  int hi = num_keys;
+  if (p.causal[r]) {
+    hi = position + 1 < hi ? position + 1 : hi;
+  } else if (p.window_right >= 0 && position < hi - p.window_right) {
+    hi = position + p.window_right + 1 < hi ? position + p.window_right + 1 : hi;
+  }
+  int lo = 0;
+  if (p.window_left >= 0 && position > p.window_left) lo = position - p.window_left;
+  if (hi < 0) hi = 0;
+  return {lo < hi ? lo : hi, hi};
+}
+
+/// Row pointers of keys [begin, end) of one kv head; rows[i] is key begin + i.
+template <typename T>
+ATTEND_INLINE void fill_rows(const AttentionProblem& p, const KvStrides& st, const void* base,
+                             int r, int kv_head, int begin, int end, const T** rows) {
+  const T* head = static_cast<const T*>(base) + kv_head * st.head;
+  if (p.block_table != nullptr) {
+    const std::int32_t* table = p.block_table + r * p.block_table_stride;
+    for (int j = begin; j < end;) {
+      const int block = j / p.block_size;
+      const int block_end = (block + 1) * p.block_size;
+      const int stop = block_end < end ? block_end : end;
+      const T* row = head + table[block] * st.block + (j - block * p.block_size) * st.token;
+      for (; j < stop; ++j, row += st.token) rows[j - begin] = row;
+    }
+    return;
+  }
+  const T* row = head + begin * st.token;
+  if (p.kv_start != nullptr) {
+    row += p.kv_start[r] * st.token;
+  } else {
+    row += (p.batch_idx != nullptr ? p.batch_idx[r] : r) * st.block;
+    if (p.leftpad != nullptr) row += p.leftpad[r] * st.token;
+  }
+  for (int j = begin; j < end; ++j, row += st.token) rows[j - begin] = row;
+}
+
+/// One worker's arrays, and the unit they hold.
+template <typename T>
+struct UnitState {
+  const AttentionProblem& p;
+  const WorkUnit& u;
+  int rows;  // query rows: token-major, then head of the group
+  int dv_padded;
+  float* q;         // [rows, D] scaled to log2 units
+  float* s;         // [kBlockRows, kPieceSize] logits, then probabilities
+  float* acc;       // [rows, dv_padded]
+  float* k_panels;  // [kPanels][D][kPanelKeys]
+  float* v_panels;  // [dv_padded / kPanelCols][kPieceSize][kPanelCols]
+  float* m;         // [rows] running maximum, log2 units
+  float* l;         // [rows] running sum
+  float* piece_m;   // [rows] of the current piece
+  float* piece_l;
+  float* keep;  // [rows] factors of the merge: old state,
+  float* take;  //        new piece
+  int* lo;      // [rows] visible keys, absolute
+  int* hi;
+  const T** k_rows;  // [kPieceSize] current piece
+  const T** v_rows;
+  const T** next_k_rows;  // next piece, for prefetch
+  const T** next_v_rows;
+
+  UnitState(const AttentionProblem& problem, const WorkUnit& unit, const KernelWorkspace& ws)
+      : p(problem),
+        u(unit),
+        rows((unit.q_end - unit.q_begin) * problem.group_size),
+        dv_padded(ws.layout.padded_dv) {
+    const plan::ScratchLayout& at = ws.layout;
+    q = ws.scratch + at.q;
+    s = ws.scratch + at.s;
+    acc = ws.scratch + at.acc;
+    k_panels = ws.scratch + at.k_panels;
+    v_panels = ws.scratch + at.v_panels;
+    float* row_array = ws.scratch + at.rows;
+    const auto take_rows = [&] {
+      float* here = row_array;
+      row_array += at.padded_rows;
+      return here;
+    };
+    m = take_rows();
+    l = take_rows();
+    piece_m = take_rows();
+    piece_l = take_rows();
+    keep = take_rows();
+    take = take_rows();
+    lo = reinterpret_cast<int*>(take_rows());
+    hi = reinterpret_cast<int*>(take_rows());
+    const T** pointers = reinterpret_cast<const T**>(row_array);
+    k_rows = pointers;
+    v_rows = pointers + kPieceSize;
+    next_k_rows = pointers + 2 * kPieceSize;
+    next_v_rows = pointers + 3 * kPieceSize;
+  }
+  int token(int row) const { return u.q_begin + row / p.group_size; }
+  int head(int row) const { return u.kv_head * p.group_size + row % p.group_size; }
+  /// Absolute position of a query token of this request.
+  int position(int tok) const {
+    return tok + p.seq_lens[u.request] -
+           (p.query_start_loc[u.request + 1] - p.query_start_loc[u.request]);
+  }
+};

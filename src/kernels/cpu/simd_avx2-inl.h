@@ -1,0 +1,119 @@
+// SPDX-License-Identifier: Apache-2.0
+// Vector vocabulary of the avx2 level. Included inside an ISA region and namespace, after
+// <immintrin.h> and attend/core/float_types.h.
+
+struct Simd {
+  static constexpr int kLanes = 8;
+  static constexpr int kTileRows = 6;  // 6 x 2 accumulators of the 16 registers
+  static constexpr int kTileVecs = 2;
+  using F = __m256;
+
+  ATTEND_INLINE static F zero() { return _mm256_setzero_ps(); }
+  ATTEND_INLINE static F set1(float x) { return _mm256_set1_ps(x); }
+  ATTEND_INLINE static F load(const float* p) { return _mm256_loadu_ps(p); }
+  ATTEND_INLINE static void store(float* p, F x) { _mm256_storeu_ps(p, x); }
+  ATTEND_INLINE static F add(F a, F b) { return _mm256_add_ps(a, b); }
+  ATTEND_INLINE static F sub(F a, F b) { return _mm256_sub_ps(a, b); }
+  ATTEND_INLINE static F mul(F a, F b) { return _mm256_mul_ps(a, b); }
+  ATTEND_INLINE static F div(F a, F b) { return _mm256_div_ps(a, b); }
+  ATTEND_INLINE static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+  ATTEND_INLINE static F max(F a, F b) { return _mm256_max_ps(a, b); }
+  ATTEND_INLINE static F abs(F a) { return _mm256_andnot_ps(set1(-0.0F), a); }
+  ATTEND_INLINE static float reduce_max(F a) {
+    __m128 m = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    m = _mm_max_ps(m, _mm_movehl_ps(m, m));
+    return _mm_cvtss_f32(_mm_max_ss(m, _mm_shuffle_ps(m, m, 1)));
+  }
+  ATTEND_INLINE static float reduce_add(F a) {
+    __m128 m = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    m = _mm_add_ps(m, _mm_movehl_ps(m, m));
+    return _mm_cvtss_f32(_mm_add_ss(m, _mm_shuffle_ps(m, m, 1)));
+  }
+  ATTEND_INLINE static F iota(float start) {
+    return add(set1(start), _mm256_set_ps(7, 6, 5, 4, 3, 2, 1, 0));
+  }
+  /// x where lo <= lane index < hi, else `other`.
+  ATTEND_INLINE static F keep_range(F x, int lo, int hi, F other) {
+    const __m256i lane = _mm256_set_epi32(7, 6, 5, 4, 3, 2, 1, 0);
+    const __m256i in = _mm256_andnot_si256(_mm256_cmpgt_epi32(_mm256_set1_epi32(lo), lane),
+                                           _mm256_cmpgt_epi32(_mm256_set1_epi32(hi), lane));
+    return _mm256_blendv_ps(other, x, _mm256_castsi256_ps(in));
+  }
+  /// True if any lane is an infinity or a NaN.
+  ATTEND_INLINE static bool any_nonfinite(F x) {
+    const F largest = set1(3.402823466e+38F);
+    return _mm256_movemask_ps(_mm256_cmp_ps(abs(x), largest, _CMP_NLE_UQ)) != 0;
+  }
+
+  ATTEND_INLINE static F power_of_two(__m256i k) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(k, _mm256_set1_epi32(127)), 23));
+  }
+  /// 2^x, relative error < 2^-22; 0 below -126, +inf from 128 on, NaN stays NaN.
+  ATTEND_INLINE static F exp2(F x) {
+    const F bounded = _mm256_min_ps(set1(128.0F), x);  // keeps NaN: the second operand wins
+    const F n = _mm256_round_ps(bounded, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const F f = sub(bounded, n);
+    F p = set1(kExp2Poly[0]);
+    for (int i = 1; i < kExp2Terms; ++i) p = fma(p, f, set1(kExp2Poly[i]));
+    // Two factors, because 2^128 alone is not a float.
+    const __m256i e = _mm256_cvtps_epi32(n);
+    const __m256i half = _mm256_srai_epi32(e, 1);
+    p = mul(mul(p, power_of_two(half)), power_of_two(_mm256_sub_epi32(e, half)));
+    p = _mm256_and_ps(p, _mm256_cmp_ps(x, set1(-126.0F), _CMP_NLT_UQ));
+    return p;
+  }
+
+  ATTEND_INLINE static F widen(const float* p) { return _mm256_loadu_ps(p); }
+  ATTEND_INLINE static F widen(const bf16* p) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(
+        _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), 16));
+  }
+  ATTEND_INLINE static F widen(const f16* p) {
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
+
+  ATTEND_INLINE static __m128i to_bf16(F x) {
+    const __m256i bits = _mm256_castps_si256(x);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    __m256i r = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+    r = _mm256_blendv_epi8(r, _mm256_or_si256(bits, _mm256_set1_epi32(0x400000)), nan);
+    r = _mm256_srli_epi32(r, 16);
+    return _mm_packus_epi32(_mm256_castsi256_si128(r), _mm256_extracti128_si256(r, 1));
+  }
+  ATTEND_INLINE static void narrow(float* p, F x) { _mm256_storeu_ps(p, x); }
+  ATTEND_INLINE static void narrow(bf16* p, F x) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), to_bf16(x));
+  }
+  ATTEND_INLINE static void narrow(f16* p, F x) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                     _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  }
+
+  /// Prefetches `ahead` on the way.
+  /// panel[d * ld + lane] = rows[lane][d] for kLanes rows of head_dim elements (multiple of 8).
+  template <typename T>
+  ATTEND_INLINE static void pack_transposed(const T* const* rows, const T* const* ahead,
+                                            int head_dim, float* panel, int ld) {
+    for (int d = 0; d < head_dim; d += 8) {
+      F r[8], t[8];
+      if (d * sizeof(T) % 64 == 0)
+        for (int i = 0; i < 8; ++i) __builtin_prefetch(ahead[i] + d, 0, 2);
+      for (int i = 0; i < 8; ++i) r[i] = widen(rows[i] + d);
+      for (int i = 0; i < 4; ++i) {
+        t[2 * i] = _mm256_unpacklo_ps(r[2 * i], r[2 * i + 1]);
+        t[2 * i + 1] = _mm256_unpackhi_ps(r[2 * i], r[2 * i + 1]);
+      }
+      for (int i = 0; i < 2; ++i) {
+        r[4 * i] = _mm256_shuffle_ps(t[4 * i], t[4 * i + 2], 0x44);
+        r[4 * i + 1] = _mm256_shuffle_ps(t[4 * i], t[4 * i + 2], 0xee);
+        r[4 * i + 2] = _mm256_shuffle_ps(t[4 * i + 1], t[4 * i + 3], 0x44);
+        r[4 * i + 3] = _mm256_shuffle_ps(t[4 * i + 1], t[4 * i + 3], 0xee);
+      }
+      for (int i = 0; i < 4; ++i) {
+        store(panel + (d + i) * ld, _mm256_permute2f128_ps(r[i], r[4 + i], 0x20));
+        store(panel + (d + 4 + i) * ld, _mm256_permute2f128_ps(r[i], r[4 + i], 0x31));
+      }
+    }
+  }
+};

@@ -1,0 +1,155 @@
+// SPDX-License-Identifier: Apache-2.0
+// Vector vocabulary of the avx512 level. Included inside an ISA region and namespace, after
+// <immintrin.h> and attend/core/float_types.h.
+
+struct Simd {
+  static constexpr int kLanes = 16;
+  static constexpr int kTileRows = 12;  // 12 x 2 accumulators of the 32 registers
+  static constexpr int kTileVecs = 2;
+  using F = __m512;
+
+  ATTEND_INLINE static F zero() { return _mm512_setzero_ps(); }
+  ATTEND_INLINE static F set1(float x) { return _mm512_set1_ps(x); }
+  ATTEND_INLINE static F load(const float* p) { return _mm512_loadu_ps(p); }
+  ATTEND_INLINE static void store(float* p, F x) { _mm512_storeu_ps(p, x); }
+  ATTEND_INLINE static F add(F a, F b) { return _mm512_add_ps(a, b); }
+  ATTEND_INLINE static F sub(F a, F b) { return _mm512_sub_ps(a, b); }
+  ATTEND_INLINE static F mul(F a, F b) { return _mm512_mul_ps(a, b); }
+  ATTEND_INLINE static F div(F a, F b) { return _mm512_div_ps(a, b); }
+  ATTEND_INLINE static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+  ATTEND_INLINE static F max(F a, F b) { return _mm512_max_ps(a, b); }
+  ATTEND_INLINE static F abs(F a) { return _mm512_abs_ps(a); }
+  ATTEND_INLINE static float reduce_max(F a) { return _mm512_reduce_max_ps(a); }
+  ATTEND_INLINE static float reduce_add(F a) { return _mm512_reduce_add_ps(a); }
+  ATTEND_INLINE static F iota(float start) {
+    return _mm512_add_ps(_mm512_set1_ps(start),
+                         _mm512_set_ps(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0));
+  }
+  /// x where lo <= lane index < hi, else `other`.
+  ATTEND_INLINE static F keep_range(F x, int lo, int hi, F other) {
+    const unsigned below_hi = hi >= 16 ? 0xffffU : hi <= 0 ? 0U : (1U << hi) - 1U;
+    const unsigned below_lo = lo >= 16 ? 0xffffU : lo <= 0 ? 0U : (1U << lo) - 1U;
+    return _mm512_mask_mov_ps(other, static_cast<__mmask16>(below_hi & ~below_lo), x);
+  }
+  /// True if any lane is an infinity or a NaN.
+  ATTEND_INLINE static bool any_nonfinite(F x) { return _mm512_fpclass_ps_mask(x, 0x99) != 0; }
+
+  /// 2^x, relative error < 2^-22; 0 below -126, +inf from 128 on, NaN stays NaN.
+  ATTEND_INLINE static F exp2(F x) {
+    const F n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const F f = _mm512_sub_ps(x, n);
+    F p = set1(kExp2Poly[0]);
+    for (int i = 1; i < kExp2Terms; ++i) p = fma(p, f, set1(kExp2Poly[i]));
+    const __mmask16 normal = _mm512_cmp_ps_mask(x, set1(-126.0F), _CMP_NLT_UQ);
+    return _mm512_maskz_scalef_ps(normal, p, n);
+  }
+
+  ATTEND_INLINE static F widen(const float* p) { return _mm512_loadu_ps(p); }
+  ATTEND_INLINE static F widen(const bf16* p) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(
+        _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), 16));
+  }
+  ATTEND_INLINE static F widen(const f16* p) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
+  /// First 8 lanes only; the rest 0. Head sizes are multiples of 8.
+  ATTEND_INLINE static F widen_half(const float* p) { return _mm512_maskz_loadu_ps(0xff, p); }
+  ATTEND_INLINE static F widen_half(const bf16* p) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(
+        _mm512_cvtepu16_epi32(
+            _mm256_zextsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))),
+        16));
+  }
+  ATTEND_INLINE static F widen_half(const f16* p) {
+    return _mm512_cvtph_ps(
+        _mm256_zextsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+  }
+
+  ATTEND_INLINE static __m256i to_bf16(F x) {
+    const __m512i bits = _mm512_castps_si512(x);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    __m512i r = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+    r = _mm512_mask_or_epi32(r, nan, bits, _mm512_set1_epi32(0x400000));
+    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(r, 16));
+  }
+  ATTEND_INLINE static __m256i to_f16(F x) {
+    return _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  }
+  ATTEND_INLINE static void narrow(float* p, F x) { _mm512_storeu_ps(p, x); }
+  ATTEND_INLINE static void narrow(bf16* p, F x) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), to_bf16(x));
+  }
+  ATTEND_INLINE static void narrow(f16* p, F x) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), to_f16(x));
+  }
+  ATTEND_INLINE static void narrow_half(float* p, F x) { _mm512_mask_storeu_ps(p, 0xff, x); }
+  ATTEND_INLINE static void narrow_half(bf16* p, F x) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(to_bf16(x)));
+  }
+  ATTEND_INLINE static void narrow_half(f16* p, F x) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(to_f16(x)));
+  }
+
+  /// Transposes 16 rows of 16 32-bit elements in registers.
+  ATTEND_INLINE static void transpose(__m512i (&r)[16]) {
+    __m512i t[16];
+    for (int i = 0; i < 8; ++i) {
+      t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
+      t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
+    }
+    for (int i = 0; i < 4; ++i) {
+      r[4 * i] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
+      r[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
+      r[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
+      r[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
+    }
+    for (int i = 0; i < 4; ++i) {
+      t[i] = _mm512_shuffle_i32x4(r[i], r[4 + i], 0x88);
+      t[4 + i] = _mm512_shuffle_i32x4(r[i], r[4 + i], 0xdd);
+      t[8 + i] = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0x88);
+      t[12 + i] = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0xdd);
+    }
+    for (int i = 0; i < 4; ++i) {
+      r[i] = _mm512_shuffle_i32x4(t[i], t[8 + i], 0x88);
+      r[8 + i] = _mm512_shuffle_i32x4(t[i], t[8 + i], 0xdd);
+      r[4 + i] = _mm512_shuffle_i32x4(t[4 + i], t[12 + i], 0x88);
+      r[12 + i] = _mm512_shuffle_i32x4(t[4 + i], t[12 + i], 0xdd);
+    }
+  }
+
+  /// Prefetches `ahead` on the way.
+  /// panel[d * ld + lane] = rows[lane][d] for kLanes rows of head_dim elements (multiple of 8).
+  template <typename T>
+  ATTEND_INLINE static void pack_transposed(const T* const* rows, const T* const* ahead,
+                                            int head_dim, float* panel, int ld) {
+    for (int d = 0; d < head_dim; d += 16) {
+      __m512i r[16];
+      const int valid = head_dim - d < 16 ? 8 : 16;
+      for (int i = 0; i < 16; ++i) __builtin_prefetch(ahead[i] + d, 0, 2);
+      for (int i = 0; i < 16; ++i)
+        r[i] = _mm512_castps_si512(valid == 16 ? widen(rows[i] + d) : widen_half(rows[i] + d));
+      transpose(r);
+      for (int i = 0; i < valid; ++i) store(panel + (d + i) * ld, _mm512_castsi512_ps(r[i]));
+    }
+  }
+  ATTEND_INLINE static void pack_transposed(const bf16* const* rows, const bf16* const* ahead,
+                                            int head_dim, float* panel, int ld) {
+    for (int d = 0; d < head_dim; d += 32) {
+      // A 32-bit element is a pair of bf16: the transpose moves pairs, then halves split.
+      __m512i r[16];
+      const int left = head_dim - d;
+      const int valid = left < 32 ? left : 32;
+      const __mmask32 mask = valid == 32 ? ~0U : (1U << valid) - 1U;
+      for (int i = 0; i < 16; ++i) __builtin_prefetch(ahead[i] + d, 0, 2);
+      for (int i = 0; i < 16; ++i) r[i] = _mm512_maskz_loadu_epi16(mask, rows[i] + d);
+      transpose(r);
+      for (int i = 0; i < valid / 2; ++i) {
+        const __m512i low = _mm512_slli_epi32(r[i], 16);
+        const __m512i high = _mm512_and_si512(r[i], _mm512_set1_epi32(-65536));
+        store(panel + (d + 2 * i) * ld, _mm512_castsi512_ps(low));
+        store(panel + (d + 2 * i + 1) * ld, _mm512_castsi512_ps(high));
+      }
+    }
+  }
+};

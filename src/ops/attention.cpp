@@ -1,0 +1,191 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "attend/ops/attention.h"
+
+#include <algorithm>
+#include <vector>
+
+#include "core/check.h"
+#include "ops/attention_problem.h"
+
+namespace attend {
+namespace {
+
+constexpr std::string_view kOp = "flash_attn_varlen";
+
+bool is_paged(const FlashAttnVarlenArgs& a) { return a.block_table.defined(); }
+
+/// Everything that needs no plan.
+void check_tensors(const FlashAttnVarlenArgs& a) {
+  ops::check_qkv(kOp, a.q, {"k", "v", a.k, a.v, is_paged(a)}, a.out, 3);
+  if (is_paged(a)) ops::check_block_size(kOp, "k", a.k);
+  if (a.lse.defined()) {
+    check::tensor({kOp, "lse"}, a.lse, 2, {DType::f32});
+    check::shape({kOp, "lse"}, a.lse, {a.q.shape[0], a.q.shape[1]});
+    check::distinct_elements({kOp, "lse"}, a.lse);
+    check::no_overlap({kOp, "lse"}, a.lse, "q", a.q);
+    check::no_overlap({kOp, "lse"}, a.lse, "k", a.k);
+    check::no_overlap({kOp, "lse"}, a.lse, "v", a.v);
+    check::no_overlap({kOp, "lse"}, a.lse, "out", a.out);
+  }
+}
+
+void check_plan_shape(const FlashAttnVarlenArgs& a, const AttentionPlan& plan) {
+  const auto same = [](const char* argument, std::int64_t planned, std::int64_t got) {
+    check::require(
+        planned == got, {kOp, argument}, [&] { return fmt::format("{}, as planned", planned); },
+        got);
+  };
+  same("q", plan.num_tokens(), a.q.shape[0]);
+  same("q", plan.num_q_heads, a.q.shape[1]);
+  same("q", plan.head_dim_qk, a.q.shape[2]);
+  same("k", plan.num_kv_heads, a.k.shape[a.k.rank - 2]);
+  same("v", plan.head_dim_v, a.v.shape[a.v.rank - 1]);
+  same("window_left", plan.window_left, a.params.window_left);
+  const bool all_causal = std::ranges::all_of(plan.request_causal, [](auto c) { return c != 0; });
+  if (!all_causal) same("window_right", plan.window_right, a.params.window_right);
+}
+
+/// Lengths that are given again must be the planned ones.
+void check_plan_lengths(const FlashAttnVarlenArgs& a, const AttentionPlan& plan) {
+  const auto same = [](const char* name, const ConstTensorView& t,
+                       const std::vector<std::int32_t>& planned) {
+    if (!t.defined()) return;
+    const auto got = check::i32_array({kOp, name}, t, static_cast<std::int64_t>(planned.size()));
+    const auto differ = std::ranges::mismatch(got, planned);
+    if (differ.in1 == got.end()) return;
+    check::fail(
+        {kOp, name},
+        [&] {
+          return fmt::format("{} at index {}, as planned", *differ.in2, differ.in1 - got.begin());
+        },
+        *differ.in1);
+  };
+  same("query_start_loc", a.query_start_loc, plan.query_start_loc);
+  same("seq_lens", a.seq_lens, plan.seq_lens);
+}
+
+/// cu_seqlens_kv against the plan's lengths and the rows there are.
+void check_ragged(const FlashAttnVarlenArgs& a, const AttentionPlan& plan) {
+  const check::Where where{kOp, "cu_seqlens_kv"};
+  std::span<const std::int32_t> starts(plan.key_start_loc);
+  if (a.cu_seqlens_kv.defined()) {
+    starts = check::i32_array(where, a.cu_seqlens_kv, plan.num_reqs() + 1);
+    for (std::size_t r = 0; r + 1 < starts.size(); ++r) {
+      check::require(
+          starts[r + 1] - starts[r] == plan.seq_lens[r], where,
+          [&] { return fmt::format("{} keys for request {}, as planned", plan.seq_lens[r], r); },
+          starts[r + 1] - starts[r]);
+    }
+    check::require(starts.empty() || starts[0] == 0, where, "0 at index 0", starts[0]);
+  }
+  check::require(
+      starts.back() <= a.k.shape[0], where,
+      [&] { return fmt::format("at most {} keys in all, the rows of k", a.k.shape[0]); },
+      starts.back());
+}
+
+cpu::AttentionProblem make_problem(const FlashAttnVarlenArgs& a, const AttentionPlan& plan) {
+  cpu::AttentionProblem p = ops::base_problem(a.params, plan, a.q.dtype);
+  p.q = a.q.data;
+  p.k = a.k.data;
+  p.v = a.v.data;
+  p.out = a.out.data;
+  p.q_layout = {true, 0, a.q.strides[0], a.q.strides[1]};
+  p.out_layout = {true, 0, a.out.strides[0], a.out.strides[1]};
+  if (a.lse.defined()) {
+    p.lse = a.lse.as<float>();
+    p.lse_layout = {true, 0, a.lse.strides[0], a.lse.strides[1]};
+  }
+  if (is_paged(a)) {
+    p.block_table = a.block_table.as<std::int32_t>();
+    p.block_table_stride = a.block_table.strides[0];
+    p.block_size = static_cast<int>(a.k.shape[1]);
+    p.k_strides = {a.k.strides[0], a.k.strides[1], a.k.strides[2]};
+    p.v_strides = {a.v.strides[0], a.v.strides[1], a.v.strides[2]};
+  } else {
+    p.kv_start =
+        a.cu_seqlens_kv.defined() ? a.cu_seqlens_kv.as<std::int32_t>() : plan.key_start_loc.data();
+    p.k_strides = {0, a.k.strides[0], a.k.strides[1]};
+    p.v_strides = {0, a.v.strides[0], a.v.strides[1]};
+  }
+  return p;
+}
+
+AttentionPlan make_plan(const FlashAttnVarlenArgs& a, int num_workers,
+                        std::optional<IsaLevel> isa) {
+  const bool both = a.cu_seqlens_kv.defined() && a.seq_lens.defined();
+  check::require(!both && (a.cu_seqlens_kv.defined() || a.seq_lens.defined()),
+                 {kOp, "cu_seqlens_kv"}, "exactly one of cu_seqlens_kv and seq_lens",
+                 both ? "both" : "neither");
+  check::require(a.seq_lens.defined() == is_paged(a), {kOp, "block_table"},
+                 "seq_lens and block_table together (paged) or neither (ragged)",
+                 is_paged(a) ? "block_table without seq_lens" : "seq_lens without block_table");
+  AttentionPlanInput in;
+  in.op = kOp.data();
+  in.query_start_loc = check::i32_array({kOp, "query_start_loc"}, a.query_start_loc, -1);
+  const auto num_reqs = static_cast<std::int64_t>(in.query_start_loc.size()) - 1;
+  std::vector<std::int32_t> lengths;
+  if (a.seq_lens.defined()) {
+    in.seq_lens = check::i32_array({kOp, "seq_lens"}, a.seq_lens, num_reqs);
+  } else {
+    const auto starts = check::i32_array({kOp, "cu_seqlens_kv"}, a.cu_seqlens_kv, num_reqs + 1);
+    for (std::size_t r = 0; r + 1 < starts.size(); ++r) {
+      check::require(
+          starts[r + 1] >= starts[r] && starts[0] == 0, {kOp, "cu_seqlens_kv"},
+          "0 at index 0 and no decrease",
+          [&] { return fmt::format("{} then {} at index {}", starts[r], starts[r + 1], r + 1); });
+      lengths.push_back(starts[r + 1] - starts[r]);
+    }
+    in.seq_lens = lengths;
+  }
+  in.num_q_heads = static_cast<int>(a.q.shape[1]);
+  in.num_kv_heads = static_cast<int>(a.k.shape[a.k.rank - 2]);
+  in.head_dim_qk = static_cast<int>(a.q.shape[2]);
+  in.head_dim_v = static_cast<int>(a.v.shape[a.v.rank - 1]);
+  in.causal = a.params.causal;
+  in.window_left = a.params.window_left;
+  in.window_right = a.params.window_right;
+  in.num_workers = num_workers;
+  in.isa = isa;
+  return plan_attention(in);
+}
+
+/// All checks of a planned call; `a.q` passes check_tensors first.
+void check_planned(const FlashAttnVarlenArgs& a, const AttentionPlan& plan, Workspace workspace,
+                   const Executor& executor) {
+  check_plan_shape(a, plan);
+  check_plan_lengths(a, plan);
+  ops::check_params(kOp, a.params, plan.num_reqs(), plan.num_q_heads);
+  if (is_paged(a)) {
+    ops::check_block_table(kOp, a.block_table, plan, static_cast<int>(a.k.shape[1]), a.k.shape[0]);
+  } else {
+    check_ragged(a, plan);
+  }
+  ops::check_resources(kOp, plan, workspace, executor);
+}
+
+}  // namespace
+
+void validate(const FlashAttnVarlenArgs& args, const AttentionPlan& plan, Workspace workspace,
+              const Executor& executor) {
+  check_tensors(args);
+  check_planned(args, plan, workspace, executor);
+}
+
+void flash_attn_varlen(const FlashAttnVarlenArgs& args, const AttentionPlan& plan,
+                       Workspace workspace, Executor& executor) {
+  validate(args, plan, workspace, executor);
+  ops::run_plan(make_problem(args, plan), plan, workspace, executor);
+}
+
+void flash_attn_varlen(const FlashAttnVarlenArgs& args, Executor* executor,
+                       std::optional<IsaLevel> isa) {
+  Executor& run_on = executor != nullptr ? *executor : default_executor();
+  check_tensors(args);
+  const AttentionPlan plan = make_plan(args, run_on.num_workers(), isa);
+  const Workspace workspace = ops::thread_workspace(plan.workspace_bytes);
+  check_planned(args, plan, workspace, run_on);
+  ops::run_plan(make_problem(args, plan), plan, workspace, run_on);
+}
+
+}  // namespace attend

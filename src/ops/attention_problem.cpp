@@ -1,0 +1,203 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "ops/attention_problem.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+
+#include "core/check.h"
+#include "plan/unit_layout.h"
+
+namespace attend::ops {
+namespace {
+
+void check_head_size(std::string_view op, std::string_view name, const ConstTensorView& t) {
+  const std::int64_t d = t.shape[t.rank - 1];
+  check::require(d > 0 && d % 8 == 0 && d <= 256, {op, name},
+                 "a head size (last dimension) that is a multiple of 8 in [8, 256]", d);
+}
+
+}  // namespace
+
+void check_qkv(std::string_view op, const ConstTensorView& q, const KvTensors& kv,
+               const ConstTensorView& out, int q_rank) {
+  const int kv_rank = kv.four_dims ? 4 : 3;
+  check::tensor({op, "q"}, q, q_rank, {DType::f32, DType::f16, DType::bf16});
+  check::tensor({op, kv.k_name}, kv.k, kv_rank, {q.dtype});
+  check::tensor({op, kv.v_name}, kv.v, kv_rank, {q.dtype});
+  check::tensor({op, "out"}, out, q_rank, {q.dtype});
+  check_head_size(op, "q", q);
+  check_head_size(op, kv.v_name, kv.v);
+  const std::int64_t heads = q.shape[q_rank - 2];
+  const std::int64_t kv_heads = kv.k.shape[kv_rank - 2];
+  check::require(kv_heads > 0, {op, kv.k_name}, "at least 1 head", [&] { return describe(kv.k); });
+  check::require(
+      heads > 0 && heads % kv_heads == 0, {op, "q"},
+      [&] { return fmt::format("a number of heads that is a positive multiple of {}", kv_heads); },
+      heads);
+  check::require(
+      kv.k.shape[kv_rank - 1] == q.shape[q_rank - 1], {op, kv.k_name},
+      [&] { return fmt::format("the head size of q, {}", q.shape[q_rank - 1]); },
+      [&] { return describe(kv.k); });
+  if (kv.four_dims) {
+    check::shape({op, kv.v_name}, kv.v, {kv.k.shape[0], kv.k.shape[1], kv_heads, -1});
+  } else {
+    check::shape({op, kv.v_name}, kv.v, {kv.k.shape[0], kv_heads, -1});
+  }
+  const std::int64_t head_dim_v = kv.v.shape[kv_rank - 1];
+  if (q_rank == 3) {
+    check::shape({op, "out"}, out, {q.shape[0], heads, head_dim_v});
+  } else {
+    check::shape({op, "out"}, out, {q.shape[0], q.shape[1], heads, head_dim_v});
+  }
+  check::unit_last_stride({op, "q"}, q);
+  check::unit_last_stride({op, kv.k_name}, kv.k);
+  check::unit_last_stride({op, kv.v_name}, kv.v);
+  check::unit_last_stride({op, "out"}, out);
+  check::distinct_elements({op, "out"}, out);
+  check::no_overlap({op, "out"}, out, "q", q);
+  check::no_overlap({op, "out"}, out, kv.k_name, kv.k);
+  check::no_overlap({op, "out"}, out, kv.v_name, kv.v);
+}
+
+void check_params(std::string_view op, const AttentionParams& params, std::int64_t num_reqs,
+                  std::int64_t num_q_heads) {
+  if (params.scale)
+    check::require(std::isfinite(*params.scale) && *params.scale > 0.0F, {op, "scale"},
+                   "a finite value > 0", *params.scale);
+  check::require(std::isfinite(params.softcap) && params.softcap >= 0.0F, {op, "softcap"},
+                 "a finite value >= 0 (0 = off)", params.softcap);
+  check::require(params.window_left >= -1, {op, "window_left"}, ">= -1", params.window_left);
+  check::require(params.window_right >= -1, {op, "window_right"}, ">= -1", params.window_right);
+  const ConstTensorView& slopes = params.alibi_slopes;
+  if (!slopes.defined()) return;
+  const check::Where where{op, "alibi_slopes"};
+  check::tensor(where, slopes, slopes.rank == 2 ? 2 : 1, {DType::f32});
+  if (slopes.rank == 2) {
+    check::shape(where, slopes, {num_reqs, num_q_heads});
+  } else {
+    check::shape(where, slopes, {num_q_heads});
+  }
+}
+
+void check_block_size(std::string_view op, std::string_view argument,
+                      const ConstTensorView& cache) {
+  const std::int64_t size = cache.shape[1];
+  check::require(size == 1 || size == 4 || size == 8 || (size > 0 && size % 16 == 0),
+                 {op, argument}, "a block size of 1, 4, 8 or a multiple of 16", size);
+  check::require(cache.shape[1] <= (1 << 30), {op, argument}, "a block size below 2^30", size);
+}
+
+void check_block_table(std::string_view op, const ConstTensorView& table, const AttentionPlan& plan,
+                       int block_size, std::int64_t num_blocks) {
+  const check::Where where{op, "block_table"};
+  check::tensor(where, table, 2, {DType::i32});
+  check::shape(where, table, {plan.num_reqs(), -1});
+  check::unit_last_stride(where, table);
+  for (int r = 0; r < plan.num_reqs(); ++r) {
+    const auto i = static_cast<std::size_t>(r);
+    const std::int64_t keys = plan.seq_lens[i];
+    const std::int64_t used = (keys + block_size - 1) / block_size;
+    check::require(
+        used <= table.shape[1], {op, "seq_lens"},
+        [&] {
+          return fmt::format("at most {} at index {} ({} blocks of {} in the table's row)",
+                             table.shape[1] * block_size, r, table.shape[1], block_size);
+        },
+        keys);
+    // Blocks that lie behind every query's window are free to be garbage: they are never read.
+    const std::int64_t query_len = plan.query_start_loc[i + 1] - plan.query_start_loc[i];
+    std::int64_t first = 0;
+    if (query_len == 0) continue;
+    if (plan.window_left >= 0)
+      first = std::max<std::int64_t>(0, keys - query_len - plan.window_left) / block_size;
+    const std::int32_t* row = table.as<std::int32_t>() + r * table.strides[0];
+    for (std::int64_t b = first; b < used; ++b) {
+      if (row[b] >= 0 && row[b] < num_blocks) continue;
+      check::fail(
+          where, [&] { return fmt::format("block ids in [0, {}) at [{}, {}]", num_blocks, r, b); },
+          row[b]);
+    }
+  }
+}
+
+void check_resources(std::string_view op, const AttentionPlan& plan, Workspace workspace,
+                     const Executor& executor) {
+  check::require(
+      executor.num_workers() == plan.num_workers, {op, "executor"},
+      [&] { return fmt::format("{} workers, as the plan was made for", plan.num_workers); },
+      executor.num_workers());
+  check::require(
+      workspace.size >= plan.workspace_bytes && workspace.data != nullptr, {op, "workspace"},
+      [&] { return fmt::format("at least {} bytes", plan.workspace_bytes); },
+      [&] {
+        return fmt::format("{} bytes{}", workspace.size,
+                           workspace.data == nullptr ? " at null" : "");
+      });
+}
+
+cpu::AttentionProblem base_problem(const AttentionParams& params, const AttentionPlan& plan,
+                                   DType dtype) {
+  cpu::AttentionProblem p;
+  p.dtype = dtype;
+  p.query_start_loc = plan.query_start_loc.data();
+  p.seq_lens = plan.seq_lens.data();
+  p.causal = plan.request_causal.data();
+  p.window_left = plan.window_left;
+  p.window_right = plan.window_right;
+  p.group_size = plan.num_q_heads / plan.num_kv_heads;
+  p.head_dim_qk = plan.head_dim_qk;
+  p.head_dim_v = plan.head_dim_v;
+  p.scale = params.scale ? *params.scale : 1.0F / std::sqrt(static_cast<float>(plan.head_dim_qk));
+  p.softcap = params.softcap;
+  const ConstTensorView& slopes = params.alibi_slopes;
+  if (slopes.defined()) {
+    p.alibi_slopes = slopes.as<float>();
+    p.alibi_stride_request = slopes.rank == 2 ? slopes.strides[0] : 0;
+    p.alibi_stride_head = slopes.strides[slopes.rank - 1];
+  }
+  return p;
+}
+
+void run_plan(const cpu::AttentionProblem& problem, const AttentionPlan& plan, Workspace workspace,
+              Executor& executor) {
+  const cpu::AttentionKernel& kernel = cpu::attention_kernel(plan.isa);
+  const cpu::RunUnitFn run_unit = kernel.run_unit(problem.dtype);
+  const auto address = (reinterpret_cast<std::uintptr_t>(workspace.data) + 63) / 64 * 64;
+  float* base = reinterpret_cast<float*>(address);
+  const auto layout = plan::scratch_layout(plan.max_unit_rows, plan.head_dim_qk, plan.head_dim_v);
+  float* scratch = base + plan::partial_floats(plan);
+  const auto worker_workspace = [&](int worker) {
+    return cpu::KernelWorkspace{base, scratch + worker * layout.total, layout};
+  };
+  // Which worker takes which unit does not change any bit of the result, so they are taken as they
+  // come, the largest first.
+  std::atomic<std::size_t> next{0};
+  const auto work = [&](int worker) {
+    const cpu::KernelWorkspace ws = worker_workspace(worker);
+    for (std::size_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < plan.units.size();)
+      run_unit(problem, plan.units[i], ws);
+  };
+  if (plan.units.size() <= 1) {
+    work(0);
+  } else {
+    executor.run(work);
+  }
+  if (plan.reductions.empty()) return;
+  next = 0;
+  const cpu::ReduceFn reduce = kernel.reduce(problem.dtype);
+  executor.run([&](int worker) {
+    const cpu::KernelWorkspace ws = worker_workspace(worker);
+    for (std::size_t i;
+         (i = next.fetch_add(1, std::memory_order_relaxed)) < plan.reductions.size();)
+      reduce(problem, plan.reductions[i], ws);
+  });
+}
+
+Workspace thread_workspace(std::size_t bytes) {
+  thread_local Buffer buffer;
+  buffer.reserve(bytes);
+  return buffer.workspace();
+}
+
+}  // namespace attend::ops

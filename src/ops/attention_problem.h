@@ -1,0 +1,50 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+#include <string_view>
+
+#include "attend/ops/attention.h"
+#include "kernels/cpu/attention/attention.h"
+
+/// What flash_attn_varlen and flash_attn_with_kvcache share: checks that turn arguments into a
+/// trusted problem, and running a plan over it.
+namespace attend::ops {
+
+/// A cache or ragged K/V pair, as the caller gave it.
+struct KvTensors {
+  std::string_view k_name, v_name;  ///< argument names for errors
+  ConstTensorView k, v;
+  bool four_dims = false;  ///< [blocks or rows, tokens, Hkv, D] instead of [S, Hkv, D]
+};
+
+/// Checks q, k, v, out against each other: dtypes, head counts and sizes, strides. `q` and `out`
+/// have `q_rank` dimensions, the last two being heads and head size.
+void check_qkv(std::string_view op, const ConstTensorView& q, const KvTensors& kv,
+               const ConstTensorView& out, int q_rank);
+
+/// Checks scale, softcap, windows and slopes.
+void check_params(std::string_view op, const AttentionParams& params, std::int64_t num_reqs,
+                  std::int64_t num_q_heads);
+
+/// Checks a block table: width against the lengths, ids of the blocks that a query can see.
+void check_block_table(std::string_view op, const ConstTensorView& table, const AttentionPlan& plan,
+                       int block_size, std::int64_t num_blocks);
+
+/// Checks a paged cache's block size: 1, 4, 8 or a multiple of 16.
+void check_block_size(std::string_view op, std::string_view argument, const ConstTensorView& cache);
+
+/// Checks that workspace and executor fit the plan.
+void check_resources(std::string_view op, const AttentionPlan& plan, Workspace workspace,
+                     const Executor& executor);
+
+/// Head shape, dtype, parameters and lengths of a problem; addresses are left to the caller.
+cpu::AttentionProblem base_problem(const AttentionParams& params, const AttentionPlan& plan,
+                                   DType dtype);
+
+/// Runs all units, then all reductions. @pre everything above passed.
+void run_plan(const cpu::AttentionProblem& problem, const AttentionPlan& plan, Workspace workspace,
+              Executor& executor);
+
+/// This thread's buffer for calls that bring no workspace, at least `bytes` large.
+Workspace thread_workspace(std::size_t bytes);
+
+}  // namespace attend::ops

@@ -1,0 +1,42 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "ops/rotary.h"
+
+#include <cstring>
+
+#include "attend/core/float_types.h"
+
+namespace attend::ops {
+namespace {
+
+template <typename T>
+void rotate(const RotaryTables& tables, std::int64_t position, const T* from, T* to) noexcept {
+  const std::int64_t pairs = tables.cos.shape[1];
+  const T* cos = tables.cos.as<T>() + position * tables.cos.strides[0];
+  const T* sin = tables.sin.as<T>() + position * tables.sin.strides[0];
+  for (std::int64_t i = 0; i < pairs; ++i) {
+    const std::int64_t first = tables.interleaved ? 2 * i : i;
+    const std::int64_t second = tables.interleaved ? 2 * i + 1 : i + pairs;
+    const float x = to_f32(from[first]), y = to_f32(from[second]);
+    const float c = to_f32(cos[i]), s = to_f32(sin[i]);
+    to[first] = from_f32<T>(x * c - y * s);
+    to[second] = from_f32<T>(x * s + y * c);
+  }
+}
+
+}  // namespace
+
+void rotate_row(const RotaryTables& tables, std::int64_t position, const void* from, void* to,
+                std::int64_t head_dim, DType dtype) noexcept {
+  std::memcpy(to, from, static_cast<std::size_t>(head_dim) * size_of(dtype));
+  if (!tables.defined()) return;
+  switch (dtype) {
+    case DType::f32:
+      return rotate(tables, position, static_cast<const float*>(from), static_cast<float*>(to));
+    case DType::f16:
+      return rotate(tables, position, static_cast<const f16*>(from), static_cast<f16*>(to));
+    default:
+      return rotate(tables, position, static_cast<const bf16*>(from), static_cast<bf16*>(to));
+  }
+}
+
+}  // namespace attend::ops
