@@ -168,6 +168,7 @@ void Engine::make_groups() {
       b.window_right = model_.is_encoder() ? *group.window - 1 : 0;
     }
     b.num_workers = executor_.num_workers();
+    b.attn_type = model_.attn_type;
     group.builder = backend_.make_builder(b);
 
     ImplConfig i;
