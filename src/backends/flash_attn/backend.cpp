@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <fmt/format.h>
 
-#include "attend/core/error.h"
 #include "backends/common/kv_cache_dtype.h"
 #include "backends/flash_attn/flash_attn.h"
+#include "backends/flash_attn/metadata.h"
+#include "core/check.h"
 
 namespace attend::flash_attn {
 namespace {
@@ -14,11 +15,7 @@ class FlashAttnBackend final : public Backend {
   const Capability& capability() const noexcept override { return capability_; }
 
   std::vector<std::int64_t> kv_cache_shape(const KvCacheSpec& spec) const override {
-    if (spec.block_size < 1 || spec.block_size % kBlockSizeMultiple != 0) {
-      throw InvalidArgument("FLASH_ATTN.kv_cache_shape", "block_size",
-                            fmt::format("a positive multiple of {}", kBlockSizeMultiple),
-                            fmt::to_string(spec.block_size));
-    }
+    check_block_size("FLASH_ATTN.kv_cache_shape", spec.block_size);
     return flash_attn_cache_shape(spec);
   }
   std::vector<int> kv_cache_stride_order(KvLayout layout, bool include_layers) const override {
@@ -70,29 +67,27 @@ const Backend& backend() noexcept {
 }
 
 void check_heads(std::string_view op, int num_q_heads, int num_kv_heads, int head_size) {
-  if (num_kv_heads < 1) {
-    throw InvalidArgument(op, "num_kv_heads", ">= 1", fmt::to_string(num_kv_heads));
-  }
-  if (num_q_heads < 1 || num_q_heads % num_kv_heads != 0) {
-    throw InvalidArgument(op, "num_q_heads",
-                          fmt::format("a positive multiple of num_kv_heads = {}", num_kv_heads),
-                          fmt::to_string(num_q_heads));
-  }
-  if (head_size < 1 || head_size % kHeadSizeMultiple != 0 || head_size > kMaxHeadSize) {
-    throw InvalidArgument(
-        op, "head_size",
-        fmt::format("a multiple of {}, at most {}", kHeadSizeMultiple, kMaxHeadSize),
-        fmt::to_string(head_size));
-  }
+  check::require(num_kv_heads >= 1, {op, "num_kv_heads"}, "a number >= 1", num_kv_heads);
+  check::require(
+      num_q_heads >= 1 && num_q_heads % num_kv_heads == 0, {op, "num_q_heads"},
+      [&] { return fmt::format("a positive multiple of num_kv_heads {}", num_kv_heads); },
+      num_q_heads);
+  check::require(
+      head_size >= 1 && head_size % kHeadSizeMultiple == 0 && head_size <= kMaxHeadSize,
+      {op, "head_size"},
+      [] { return fmt::format("a multiple of {}, at most {}", kHeadSizeMultiple, kMaxHeadSize); },
+      head_size);
+}
+
+void check_block_size(std::string_view op, int block_size) {
+  check::require(
+      block_size >= 1 && block_size % kBlockSizeMultiple == 0, {op, "block_size"},
+      [] { return fmt::format("a positive multiple of {}", kBlockSizeMultiple); }, block_size);
 }
 
 void check_attn_type(std::string_view op, AttentionType type) {
-  if (type == AttentionType::decoder || type == AttentionType::encoder ||
-      type == AttentionType::encoder_only) {
-    return;
-  }
-  throw InvalidArgument(op, "attn_type", "decoder, encoder or encoder_only",
-                        std::string(to_string(type)));
+  check::require(type == AttentionType::decoder || is_encoder(type), {op, "attn_type"},
+                 "decoder, encoder or encoder_only", to_string(type));
 }
 
 }  // namespace attend::flash_attn

@@ -6,9 +6,9 @@
 #include <limits>
 #include <utility>
 
-#include "attend/core/error.h"
 #include "backends/flash_attn/flash_attn.h"
 #include "backends/flash_attn/metadata.h"
+#include "core/check.h"
 
 namespace attend::flash_attn {
 namespace {
@@ -16,76 +16,71 @@ namespace {
 constexpr std::string_view kMakeOp = "FLASH_ATTN.make_builder";
 constexpr std::string_view kBuildOp = "FLASH_ATTN.build";
 constexpr std::string_view kUpdateOp = "FLASH_ATTN.update_block_table";
+constexpr int kMaxSpeculativeTokens = 1 << 20;
 
-void require_at_least(std::string_view op, std::string_view argument, std::int64_t lowest,
-                      std::int64_t got) {
-  if (got < lowest) {
-    throw InvalidArgument(op, argument, fmt::format(">= {}", lowest), fmt::to_string(got));
-  }
-}
-
-void check(const BuilderConfig& c) {
+void check_config(const BuilderConfig& c) {
+  const auto at = [](std::string_view argument) { return check::Where{kMakeOp, argument}; };
   check_attn_type(kMakeOp, c.attn_type);
   check_heads(kMakeOp, c.num_q_heads, c.cache.num_kv_heads, c.cache.head_size);
-  if (!is_float_compute(c.cache.dtype)) {
-    throw InvalidArgument(kMakeOp, "cache.dtype", "f32, f16 or bf16",
-                          std::string(to_string(c.cache.dtype)));
-  }
+  check::require(is_float_compute(c.cache.dtype), at("cache.dtype"), "f32, f16 or bf16",
+                 to_string(c.cache.dtype));
   if (!is_encoder(c.attn_type)) {
-    if (c.cache.block_size < 1 || c.cache.block_size % kBlockSizeMultiple != 0) {
-      throw InvalidArgument(kMakeOp, "cache.block_size",
-                            fmt::format("a positive multiple of {}", kBlockSizeMultiple),
-                            fmt::to_string(c.cache.block_size));
-    }
     c.cache.validate();
+    check_block_size(kMakeOp, c.cache.block_size);
   }
-  require_at_least(kMakeOp, "window_left", -1, c.window_left);
-  require_at_least(kMakeOp, "window_right", -1, c.window_right);
-  require_at_least(kMakeOp, "num_speculative_tokens", 0, c.num_speculative_tokens);
-  require_at_least(kMakeOp, "num_workers", 1, c.num_workers);
+  check::require(c.window_left >= -1, at("window_left"), "a number >= -1", c.window_left);
+  check::require(c.window_right >= -1, at("window_right"), "a number >= -1", c.window_right);
+  check::require(
+      c.num_speculative_tokens >= 0 && c.num_speculative_tokens <= kMaxSpeculativeTokens,
+      at("num_speculative_tokens"),
+      [] { return fmt::format("a number from 0 to {}", kMaxSpeculativeTokens); },
+      c.num_speculative_tokens);
+  check::require(c.num_workers >= 1, at("num_workers"), "a number >= 1", c.num_workers);
 }
 
-/// Checks a table that `plan` will be run with; contents are checked by the op, which reads them.
+/// Checks the form of a table that `plan` will be run with; the op, which reads the block ids,
+/// checks those.
 void check_block_table(std::string_view op, const ConstTensorView& table, const AttentionPlan& plan,
                        int block_size) {
-  const std::int64_t longest =
-      plan.seq_lens.empty() ? 0 : *std::max_element(plan.seq_lens.begin(), plan.seq_lens.end());
+  if (plan.num_reqs() == 0) return;
+  const check::Where where{op, "block_table"};
+  check::tensor(where, table, 2, {DType::i32});
+  check::unit_last_stride(where, table);
+  const std::int64_t longest = *std::max_element(plan.seq_lens.begin(), plan.seq_lens.end());
   const std::int64_t width = (longest + block_size - 1) / block_size;
-  const bool usable = table.defined() && table.dtype == DType::i32 && table.rank == 2 &&
-                      table.device.type == DeviceType::cpu && table.shape[0] >= plan.num_reqs() &&
-                      table.shape[1] >= width && (table.strides[1] == 1 || table.shape[1] <= 1);
-  if (usable || plan.num_reqs() == 0) return;
-  throw InvalidArgument(
-      op, "block_table",
-      fmt::format("i32 [>= {}, >= {}] on the cpu, last dimension contiguous ({} tokens in blocks "
-                  "of {})",
-                  plan.num_reqs(), width, longest, block_size),
-      table.defined() ? describe(table) : "an undefined view");
+  check::require(
+      table.shape[0] >= plan.num_reqs() && table.shape[1] >= width, where,
+      [&] {
+        return fmt::format(
+            "at least {} rows and {} columns (the longest request has {} keys in "
+            "blocks of {})",
+            plan.num_reqs(), width, longest, block_size);
+      },
+      [&] { return describe(table); });
 }
 
-/// The first `num_tokens` slots, or none; each a row of the cache or negative.
+/// The first `num_tokens` slots, or none; each -1 or a row of the cache.
 std::vector<std::int64_t> checked_slots(std::string_view op, std::span<const std::int64_t> slots,
                                         int num_tokens, const KvCacheSpec& cache) {
   if (slots.empty()) return {};
+  const check::Where where{op, "slot_mapping"};
   const auto count = static_cast<std::size_t>(num_tokens);
-  if (slots.size() < count) {
-    throw InvalidArgument(op, "slot_mapping", fmt::format("empty or >= {} entries", count),
-                          fmt::format("{} entries", slots.size()));
-  }
+  check::require(
+      slots.size() >= count, where,
+      [&] { return fmt::format("none or at least {} entries", count); }, slots.size());
   const std::int64_t capacity = cache.num_blocks * cache.block_size;
   for (std::size_t i = 0; i < count; ++i) {
-    if (slots[i] >= capacity) {
-      throw InvalidArgument(op, fmt::format("slot_mapping[{}]", i),
-                            fmt::format("< {} = num_blocks * block_size", capacity),
-                            fmt::to_string(slots[i]));
-    }
+    check::require(
+        slots[i] >= -1 && slots[i] < capacity, where,
+        [&] { return fmt::format("slots from -1 to {}", capacity - 1); },
+        [&] { return fmt::format("{} at index {}", slots[i], i); });
   }
   return {slots.begin(), slots.begin() + static_cast<std::ptrdiff_t>(count)};
 }
 
 class FlashAttnBuilder final : public MetadataBuilder {
  public:
-  explicit FlashAttnBuilder(const BuilderConfig& config) : config_(config) { check(config); }
+  explicit FlashAttnBuilder(const BuilderConfig& config) : config_(config) { check_config(config); }
 
   /// A common prefix is a hint: attending flat gives the same bits, so it is checked and not used.
   /// The plan is quick already: `fast_build` changes nothing.
@@ -121,10 +116,9 @@ class FlashAttnBuilder final : public MetadataBuilder {
       const Metadata& m, const ConstTensorView& block_table,
       std::span<const std::int64_t> slot_mapping) const override {
     const auto* old = dynamic_cast<const FlashAttnMetadata*>(&m);
-    if (old == nullptr || is_encoder(old->attn_type)) {
-      throw InvalidArgument(kUpdateOp, "m", "metadata of a FLASH_ATTN group with a cache",
-                            old == nullptr ? "metadata of another back end" : "an encoder's");
-    }
+    check::require(old != nullptr && !is_encoder(old->attn_type), {kUpdateOp, "m"},
+                   "metadata of a FLASH_ATTN group with a cache",
+                   old == nullptr ? "another back end's" : "an encoder's");
     check_block_table(kUpdateOp, block_table, *old->plan, config_.cache.block_size);
     auto updated = std::make_unique<FlashAttnMetadata>(*old);
     updated->slot_mapping = checked_slots(kUpdateOp, slot_mapping, old->num_tokens, config_.cache);
@@ -168,20 +162,26 @@ class FlashAttnBuilder final : public MetadataBuilder {
   static void check_common_prefix(int common_prefix_len, const CommonMetadata& batch) {
     int limit = batch.num_reqs == 0 ? 0 : std::numeric_limits<int>::max();
     for (int r = 0; r < batch.num_reqs; ++r) limit = std::min(limit, batch.num_computed_tokens(r));
-    if (common_prefix_len >= 0 && common_prefix_len <= limit) return;
-    throw InvalidArgument(kBuildOp, "common_prefix_len",
-                          fmt::format("0 .. {} = the fewest computed tokens of a request", limit),
-                          fmt::to_string(common_prefix_len));
+    check::require(
+        common_prefix_len >= 0 && common_prefix_len <= limit, {kBuildOp, "common_prefix_len"},
+        [&] {
+          return fmt::format("a number from 0 to {}, the fewest computed tokens of a request",
+                             limit);
+        },
+        common_prefix_len);
   }
 
   /// An encoder sees this step's tokens and nothing else.
   static void check_no_context(const CommonMetadata& batch) {
     for (int r = 0; r < batch.num_reqs; ++r) {
-      if (batch.num_computed_tokens(r) == 0) continue;
-      throw InvalidArgument(
-          kBuildOp, fmt::format("seq_lens[{}]", r),
-          fmt::format("{} = its query length (an encoder has no cache)", batch.query_len(r)),
-          fmt::to_string(batch.seq_lens[static_cast<std::size_t>(r)]));
+      check::require(
+          batch.num_computed_tokens(r) == 0, {kBuildOp, "seq_lens"},
+          [&] {
+            return fmt::format("the query length {} (an encoder has no cache)", batch.query_len(r));
+          },
+          [&] {
+            return fmt::format("{} at index {}", batch.seq_lens[static_cast<std::size_t>(r)], r);
+          });
     }
   }
 

@@ -7,12 +7,12 @@
 #include <limits>
 #include <string>
 
-#include "attend/core/error.h"
 #include "attend/ops/attention.h"
 #include "attend/ops/cache.h"
 #include "backends/common/kv_cache_dtype.h"
 #include "backends/flash_attn/flash_attn.h"
 #include "backends/flash_attn/metadata.h"
+#include "core/check.h"
 
 namespace attend::flash_attn {
 namespace {
@@ -20,43 +20,32 @@ namespace {
 constexpr std::string_view kMakeOp = "FLASH_ATTN.make_impl";
 constexpr std::string_view kForwardOp = "FLASH_ATTN.forward";
 
-[[noreturn]] void refuse(std::string_view argument, std::string_view expected,
-                         std::string_view got) {
-  throw InvalidArgument(kForwardOp, argument, expected, got);
-}
-
-std::string shown(const ConstTensorView& t) { return t.defined() ? describe(t) : "undefined"; }
-
-void check(const ImplConfig& c) {
+void check_config(const ImplConfig& c) {
+  const auto at = [](std::string_view argument) { return check::Where{kMakeOp, argument}; };
   check_attn_type(kMakeOp, c.attn_type);
   check_heads(kMakeOp, c.num_q_heads, c.num_kv_heads, c.head_size);
-  if (!is_float_compute(c.dtype)) {
-    throw InvalidArgument(kMakeOp, "dtype", "f32, f16 or bf16", std::string(to_string(c.dtype)));
+  check::require(is_float_compute(c.dtype), at("dtype"), "f32, f16 or bf16", to_string(c.dtype));
+  check::require(
+      resolve_kv_cache_dtype(c.kv_cache_dtype, c.dtype) == c.dtype, at("kv_cache_dtype"),
+      [&] { return fmt::format("auto or {}", to_string(c.dtype)); }, c.kv_cache_dtype);
+  if (c.scale) {
+    check::require(std::isfinite(*c.scale) && *c.scale > 0.0F, at("scale"), "finite and > 0",
+                   *c.scale);
   }
-  if (resolve_kv_cache_dtype(c.kv_cache_dtype, c.dtype) != c.dtype) {
-    throw InvalidArgument(kMakeOp, "kv_cache_dtype", fmt::format("auto or {}", to_string(c.dtype)),
-                          c.kv_cache_dtype);
+  check::require(std::isfinite(c.softcap) && c.softcap >= 0.0F, at("softcap"), "finite and >= 0",
+                 c.softcap);
+  if (c.sliding_window) {
+    check::require(*c.sliding_window >= 1, at("sliding_window"), "unset or >= 1",
+                   *c.sliding_window);
   }
-  if (c.scale && !(std::isfinite(*c.scale) && *c.scale > 0.0F)) {
-    throw InvalidArgument(kMakeOp, "scale", "finite and > 0", fmt::to_string(*c.scale));
-  }
-  if (!(std::isfinite(c.softcap) && c.softcap >= 0.0F)) {
-    throw InvalidArgument(kMakeOp, "softcap", "finite and >= 0", fmt::to_string(c.softcap));
-  }
-  if (c.sliding_window && *c.sliding_window < 1) {
-    throw InvalidArgument(kMakeOp, "sliding_window", "unset or >= 1",
-                          fmt::to_string(*c.sliding_window));
-  }
-  if (!c.alibi_slopes.empty() && c.alibi_slopes.size() != static_cast<std::size_t>(c.num_q_heads)) {
-    throw InvalidArgument(kMakeOp, "alibi_slopes",
-                          fmt::format("empty or {} slopes, one a query head", c.num_q_heads),
-                          fmt::format("{} slopes", c.alibi_slopes.size()));
-  }
-  for (std::size_t h = 0; h < c.alibi_slopes.size(); ++h) {
-    if (!std::isfinite(c.alibi_slopes[h])) {
-      throw InvalidArgument(kMakeOp, fmt::format("alibi_slopes[{}]", h), "finite",
-                            fmt::to_string(c.alibi_slopes[h]));
-    }
+  const auto& slopes = c.alibi_slopes;
+  check::require(
+      slopes.empty() || slopes.size() == static_cast<std::size_t>(c.num_q_heads),
+      at("alibi_slopes"),
+      [&] { return fmt::format("none or {}, one a query head", c.num_q_heads); }, slopes.size());
+  for (std::size_t h = 0; h < slopes.size(); ++h) {
+    check::require(std::isfinite(slopes[h]), at("alibi_slopes"), "finite slopes",
+                   [&] { return fmt::format("{} at index {}", slopes[h], h); });
   }
 }
 
@@ -76,7 +65,7 @@ void fill_profiling_output(const TensorView& output, const TensorView& lse) {
 class FlashAttnImpl final : public Impl {
  public:
   explicit FlashAttnImpl(const ImplConfig& config) : config_(config) {
-    check(config_);
+    check_config(config_);
     if (config_.sliding_window) {
       window_left_ = *config_.sliding_window - 1;
       window_right_ = config_.attn_type == AttentionType::encoder_only ? window_left_ : 0;
@@ -84,13 +73,12 @@ class FlashAttnImpl final : public Impl {
   }
 
   void forward(const ForwardArgs& args, const Metadata* metadata) const override {
-    check_rows("output", args.output, config_.num_q_heads, 0);
-    if (args.lse.defined()) check_lse(args);
+    check_results(args);
     if (metadata == nullptr) {
       fill_profiling_output(args.output, args.lse);
       return;
     }
-    const FlashAttnMetadata& m = checked(metadata);
+    const FlashAttnMetadata& m = checked(*metadata);
     check_tensors(args, m);
     if (m.num_tokens == 0) return;
 
@@ -107,81 +95,80 @@ class FlashAttnImpl final : public Impl {
   }
 
  private:
-  const FlashAttnMetadata& checked(const Metadata* metadata) const {
-    const auto* m = dynamic_cast<const FlashAttnMetadata*>(metadata);
-    if (m == nullptr) refuse("metadata", "what a FLASH_ATTN builder made", "another back end's");
-    if (m->attn_type != config_.attn_type) {
-      refuse("metadata", fmt::format("made for attention type {}", to_string(config_.attn_type)),
-             to_string(m->attn_type));
-    }
+  /// The metadata, if it was made for layers like this one.
+  const FlashAttnMetadata& checked(const Metadata& metadata) const {
+    constexpr check::Where kWhere{kForwardOp, "metadata"};
+    const auto* m = dynamic_cast<const FlashAttnMetadata*>(&metadata);
+    check::require(m != nullptr, kWhere, "what a FLASH_ATTN builder made", "another back end's");
+    check::require(
+        m->attn_type == config_.attn_type, kWhere,
+        [&] { return fmt::format("attention type {}", to_string(config_.attn_type)); },
+        to_string(m->attn_type));
     const AttentionPlan& plan = *m->plan;
-    if (plan.num_q_heads != config_.num_q_heads || plan.num_kv_heads != config_.num_kv_heads ||
-        plan.head_dim_qk != config_.head_size) {
-      refuse("metadata",
-             fmt::format("made for {} query heads, {} kv heads, head_size {}", config_.num_q_heads,
-                         config_.num_kv_heads, config_.head_size),
-             fmt::format("{}, {}, {}", plan.num_q_heads, plan.num_kv_heads, plan.head_dim_qk));
-    }
-    if (m->window_left != window_left_ || (m->window_right != window_right_ && !m->all_causal)) {
-      refuse("metadata", fmt::format("made for window ({}, {})", window_left_, window_right_),
-             fmt::format("({}, {})", m->window_left, m->window_right));
-    }
+    const auto heads = [](int q, int kv, int size) {
+      return fmt::format("{} query heads, {} kv heads, head_size {}", q, kv, size);
+    };
+    check::require(
+        plan.num_q_heads == config_.num_q_heads && plan.num_kv_heads == config_.num_kv_heads &&
+            plan.head_dim_qk == config_.head_size,
+        kWhere, [&] { return heads(config_.num_q_heads, config_.num_kv_heads, config_.head_size); },
+        [&] { return heads(plan.num_q_heads, plan.num_kv_heads, plan.head_dim_qk); });
+    const auto window = [](int left, int right) {
+      return fmt::format("window ({}, {})", left, right);
+    };
+    check::require(
+        m->window_left == window_left_ && (m->window_right == window_right_ || m->all_causal),
+        kWhere, [&] { return window(window_left_, window_right_); },
+        [&] { return window(m->window_left, m->window_right); });
     return *m;
   }
 
-  /// [>= num_tokens, heads, head_size] of the layer's dtype, rows contiguous.
+  /// [>= num_tokens, heads, head_size] of the layer's dtype, last dimension contiguous.
   void check_rows(std::string_view argument, const ConstTensorView& t, int heads,
                   int num_tokens) const {
-    const bool usable = t.rank == 3 && (t.defined() || t.numel() == 0) &&
-                        t.dtype == config_.dtype && t.device.type == DeviceType::cpu &&
-                        t.shape[0] >= num_tokens && t.shape[1] == heads &&
-                        t.shape[2] == config_.head_size && t.strides[2] == 1;
-    if (usable) return;
-    refuse(argument,
-           fmt::format("{} [>= {}, {}, {}] on the cpu, last dimension contiguous",
-                       to_string(config_.dtype), num_tokens, heads, config_.head_size),
-           shown(t));
+    const check::Where where{kForwardOp, argument};
+    check::tensor(where, t, 3, {config_.dtype});
+    check::shape(where, t, {-1, heads, config_.head_size});
+    check::unit_last_stride(where, t);
+    check::require(
+        t.shape[0] >= num_tokens, where,
+        [&] { return fmt::format("at least {} rows", num_tokens); }, [&] { return describe(t); });
   }
 
-  void check_lse(const ForwardArgs& args) const {
-    const TensorView& lse = args.lse;
-    if (lse.rank == 2 && lse.dtype == DType::f32 && lse.device.type == DeviceType::cpu &&
-        lse.shape[0] == args.output.shape[0] && lse.shape[1] == config_.num_q_heads) {
-      return;
-    }
-    refuse("lse", fmt::format("f32 [{}, {}] on the cpu", args.output.shape[0], config_.num_q_heads),
-           shown(lse));
+  /// What is written whatever the metadata says.
+  void check_results(const ForwardArgs& args) const {
+    check_rows("output", args.output, config_.num_q_heads, 0);
+    check::distinct_elements({kForwardOp, "output"}, args.output);
+    if (!args.lse.defined()) return;
+    const check::Where where{kForwardOp, "lse"};
+    check::tensor(where, args.lse, 2, {DType::f32});
+    check::shape(where, args.lse, {args.output.shape[0], config_.num_q_heads});
+    check::distinct_elements(where, args.lse);
+    check::no_overlap(where, args.lse, "output", args.output);
   }
 
   void check_tensors(const ForwardArgs& args, const FlashAttnMetadata& m) const {
     check_rows("output", args.output, config_.num_q_heads, m.num_tokens);
     check_rows("query", args.query, config_.num_q_heads, m.num_tokens);
     const bool encoder = is_encoder(m.attn_type);
-    if (args.key.defined() != args.value.defined() || (encoder && !args.key.defined())) {
-      refuse(args.key.defined() ? "value" : "key",
-             encoder ? "given: an encoder reads this step's keys and values"
-                     : "key and value both given or both undefined",
-             "undefined");
+    if (args.key.defined() != args.value.defined() ||
+        (encoder && m.num_tokens > 0 && !args.key.defined())) {
+      check::fail({kForwardOp, args.key.defined() ? "value" : "key"},
+                  encoder ? "a tensor: an encoder reads this step's keys and values"
+                          : "key and value, or neither",
+                  "an undefined tensor");
     }
     if (args.key.defined()) {
       check_rows("key", args.key, config_.num_kv_heads, m.num_tokens);
       check_rows("value", args.value, config_.num_kv_heads, m.num_tokens);
     }
-    if (!encoder) check_cache(args.kv_cache, m.block_size);
-  }
-
-  void check_cache(const TensorView& cache, int block_size) const {
-    const bool usable = cache.defined() && cache.rank == 5 && cache.dtype == config_.dtype &&
-                        cache.device.type == DeviceType::cpu && cache.shape[0] == 2 &&
-                        cache.shape[1] >= 1 && cache.shape[2] == block_size &&
-                        cache.shape[3] == config_.num_kv_heads &&
-                        cache.shape[4] == config_.head_size && cache.strides[4] == 1;
-    if (usable) return;
-    refuse(
-        "kv_cache",
-        fmt::format("{} [2, num_blocks, {}, {}, {}] on the cpu, last dimension contiguous",
-                    to_string(config_.dtype), block_size, config_.num_kv_heads, config_.head_size),
-        shown(cache));
+    if (encoder) return;
+    const check::Where where{kForwardOp, "kv_cache"};
+    check::tensor(where, args.kv_cache, 5, {config_.dtype});
+    check::shape(where, args.kv_cache,
+                 {2, -1, m.block_size, config_.num_kv_heads, config_.head_size});
+    check::unit_last_stride(where, args.kv_cache);
+    check::distinct_elements(where, args.kv_cache);
   }
 
   FlashAttnVarlenArgs attention_args(const ForwardArgs& args, const FlashAttnMetadata& m) const {

@@ -21,7 +21,7 @@ void run_unit(const AttentionProblem& p, const WorkUnit& u, const KernelWorkspac
   runner.run(ws.partials);
 }
 
-inline AttentionKernel make_entry(IsaLevel level) noexcept {
+constexpr AttentionKernel make_entry(IsaLevel level) noexcept {
   return {level,
           &run_unit<float>,
           &run_unit<f16>,

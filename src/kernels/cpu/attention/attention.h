@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 #include <cstdint>
-#include <span>
 
 #include "attend/core/cpu.h"
 #include "attend/core/dtype.h"
@@ -92,8 +91,6 @@ struct AttentionKernel {
   }
 };
 
-/// All compiled-in kernels, best first; the last is scalar.
-std::span<const AttentionKernel> attention_kernels() noexcept;
 /// Best kernel whose level is not above `level`.
 const AttentionKernel& attention_kernel(IsaLevel level) noexcept;
 

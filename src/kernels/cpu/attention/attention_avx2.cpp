@@ -22,6 +22,6 @@ namespace {
 #include "kernels/cpu/attention/attention-inl.h"
 }  // namespace
 
-AttentionKernel attention_kernel_entry() noexcept { return make_entry(IsaLevel::avx2); }
+extern constinit const AttentionKernel kAttentionKernel = make_entry(IsaLevel::avx2);
 }  // namespace attend::cpu::avx2
 ATTEND_REGION_END

@@ -22,6 +22,6 @@ namespace {
 #include "kernels/cpu/attention/attention-inl.h"
 }  // namespace
 
-AttentionKernel attention_kernel_entry() noexcept { return make_entry(IsaLevel::avx512); }
+extern constinit const AttentionKernel kAttentionKernel = make_entry(IsaLevel::avx512);
 }  // namespace attend::cpu::avx512
 ATTEND_REGION_END

@@ -21,5 +21,5 @@ namespace {
 #include "kernels/cpu/attention/attention-inl.h"
 }  // namespace
 
-AttentionKernel attention_kernel_entry() noexcept { return make_entry(IsaLevel::scalar); }
+extern constinit const AttentionKernel kAttentionKernel = make_entry(IsaLevel::scalar);
 }  // namespace attend::cpu::scalar

@@ -3,27 +3,21 @@
 
 namespace attend::cpu {
 
-#define ATTEND_ATTENTION_KERNEL(ns, level)           \
-  namespace ns {                                     \
-  AttentionKernel attention_kernel_entry() noexcept; \
+// Entries are constants, not functions: a function of a level's file is compiled for that level, so
+// that merely asking it for its entry would end the program on a lesser CPU.
+#define ATTEND_ATTENTION_KERNEL(ns, level)       \
+  namespace ns {                                 \
+  extern const AttentionKernel kAttentionKernel; \
   }
 #include "kernels/cpu/attention/kernels.inc"
 #undef ATTEND_ATTENTION_KERNEL
 
-std::span<const AttentionKernel> attention_kernels() noexcept {
-#define ATTEND_ATTENTION_KERNEL(ns, level) ns::attention_kernel_entry(),
-  static const AttentionKernel all[] = {
-#include "kernels/cpu/attention/kernels.inc"
-  };
-#undef ATTEND_ATTENTION_KERNEL
-  return all;
-}
-
 const AttentionKernel& attention_kernel(IsaLevel level) noexcept {
-  const auto all = attention_kernels();
-  for (const AttentionKernel& kernel : all)
-    if (kernel.isa <= level) return kernel;
-  return all.back();
+#define ATTEND_ATTENTION_KERNEL(ns, lowest) \
+  if (IsaLevel::lowest <= level) return ns::kAttentionKernel;
+#include "kernels/cpu/attention/kernels.inc"
+#undef ATTEND_ATTENTION_KERNEL
+  return scalar::kAttentionKernel;
 }
 
 }  // namespace attend::cpu
