@@ -3,28 +3,27 @@
 
 #include <algorithm>
 #include <cmath>
-#include <string>
 #include <vector>
-
-#include "attend/core/error.h"
 
 namespace attend::serving {
 
 Speed measure_speed(std::span<const StepRecord> steps, double ceiling_gflops, double ceiling_gbps) {
-  if (!(ceiling_gflops > 0) || !(ceiling_gbps > 0)) {
-    throw InvalidArgument("measure_speed", "ceilings", "both > 0",
-                          std::to_string(ceiling_gflops) + " and " + std::to_string(ceiling_gbps));
-  }
+  const bool divisible = ceiling_gflops > 0 && ceiling_gbps > 0;
   double flops = 0, bytes = 0, prefill_seconds = 0, decode_seconds = 0;
   for (const StepRecord& s : steps) {
-    const double prefill_cost = s.prefill_flops / ceiling_gflops;
-    const double decode_cost = s.decode_bytes / ceiling_gbps;
-    const double cost = prefill_cost + decode_cost;
-    if (cost == 0) continue;
+    double prefill_part = s.prefill_flops > 0 ? 1 : 0;
+    double decode_part = s.decode_bytes > 0 ? 1 : 0;
+    if (prefill_part + decode_part > 1) {
+      if (!divisible) continue;
+      const double prefill_cost = s.prefill_flops / ceiling_gflops;
+      const double decode_cost = s.decode_bytes / ceiling_gbps;
+      prefill_part = prefill_cost / (prefill_cost + decode_cost);
+      decode_part = 1 - prefill_part;
+    }
     flops += s.prefill_flops;
     bytes += s.decode_bytes;
-    prefill_seconds += s.forward_seconds * prefill_cost / cost;
-    decode_seconds += s.forward_seconds * decode_cost / cost;
+    prefill_seconds += s.forward_seconds * prefill_part;
+    decode_seconds += s.forward_seconds * decode_part;
   }
   Speed speed;
   if (prefill_seconds > 0) speed.prefill_gflops = flops / prefill_seconds * 1e-9;

@@ -19,8 +19,8 @@ struct Speed {
 };
 
 /// A step that holds both kinds of work is divided in proportion to the time that each kind would
-/// take at its ceiling, so both get the same share of their ceiling in that step.
-/// @throws InvalidArgument unless both ceilings are > 0.
+/// take at its ceiling, so both get the same share of their ceiling in that step. A ceiling of 0 is
+/// unknown: such steps are then left out.
 Speed measure_speed(std::span<const StepRecord> steps, double ceiling_gflops, double ceiling_gbps);
 
 /// Step latency in milliseconds that `percent` % of the steps do not exceed; 0 without steps.
