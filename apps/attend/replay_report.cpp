@@ -12,8 +12,6 @@ namespace {
 
 /// Failed rows that the table lists; the rest is only counted.
 constexpr std::size_t kListedFailures = 10;
-/// Above this share of lost time the machine did other work during the measurement.
-constexpr double kNoisy = 0.02;
 
 double share(double rate, double ceiling) { return ceiling > 0 ? rate / ceiling : 0; }
 
@@ -94,7 +92,7 @@ void print_table(const ReplayReport& report, std::FILE* out) {
              "float32 FMA");
   print_rate(out, "decode", report.speed.decode_gbps, "GB/s", report.ceilings.read_gbps,
              "streaming read");
-  if (report.ceilings.lost_fraction > kNoisy) {
+  if (report.ceilings.lost_fraction > bench::kNoisyAbove) {
     fmt::print(out, "{:<18}other programs took {:.0f} % of the time: speeds are unreliable\n",
                "NOISY", 100 * report.ceilings.lost_fraction);
   }
