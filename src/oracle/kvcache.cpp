@@ -56,7 +56,11 @@ Rows key_rows(const Args& a, const ConstTensorView& cache, const ConstTensorView
   const Lengths n = lengths_of(a, request);
   Rows rows;
   rows.dim = static_cast<int>(cache.shape[3]);
-  for (std::int64_t j = n.left_pad; j < n.cached; ++j) {
+  const std::int64_t first =
+      n.left_pad +
+      std::min(n.cached - n.left_pad, first_visible_key(a.params, n.num_keys(), a.q.shape[1]));
+  rows.skip(first - n.left_pad);
+  for (std::int64_t j = first; j < n.cached; ++j) {
     if (a.block_table.defined()) {
       const std::int64_t block = int_at(a.block_table, {request, j / cache.shape[1]});
       rows.append(cache, offset_of(cache, {block, j % cache.shape[1], kv_head}));

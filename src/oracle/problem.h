@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <vector>
@@ -19,6 +20,8 @@ struct Rows {
   void append(const ConstTensorView& t, std::int64_t offset) {
     for (int d = 0; d < dim; ++d) values.push_back(element(t, offset + d * last_stride(t)));
   }
+  /// Rows that nothing reads.
+  void skip(std::int64_t n) { values.resize(values.size() + static_cast<std::size_t>(n * dim)); }
   static std::int64_t last_stride(const ConstTensorView& t) noexcept {
     return t.strides[t.rank - 1];
   }
@@ -37,6 +40,14 @@ inline RowProblem row_problem(const AttentionParams& params, int head_dim_qk, in
   p.window_right = params.window_right;
   p.softcap = params.softcap;
   return p;
+}
+
+/// First key that the first query of a request sees, and so any of them. Rows before it are not
+/// read: their block-table entries may be garbage.
+inline std::int64_t first_visible_key(const AttentionParams& params, std::int64_t num_keys,
+                                      std::int64_t query_len) {
+  if (params.window_left < 0) return 0;
+  return std::clamp<std::int64_t>(num_keys - query_len - params.window_left, 0, num_keys);
 }
 
 /// Slope of a head: [Hq] or [B, Hq]; 0 if ALiBi is off.

@@ -10,13 +10,17 @@ std::int64_t num_keys(const FlashAttnVarlenArgs& a, std::int64_t request) {
   return int_at(a.cu_seqlens_kv, {request + 1}) - int_at(a.cu_seqlens_kv, {request});
 }
 
-/// All rows of one request and kv head of k or v.
+/// Rows of one request and kv head of k or v that a query may see.
 Rows read_rows(const FlashAttnVarlenArgs& a, const ConstTensorView& t, std::int64_t request,
                std::int64_t kv_head) {
   Rows rows;
   rows.dim = static_cast<int>(t.shape[t.rank - 1]);
   const std::int64_t n = num_keys(a, request);
-  for (std::int64_t j = 0; j < n; ++j) {
+  const std::int64_t query_len =
+      int_at(a.query_start_loc, {request + 1}) - int_at(a.query_start_loc, {request});
+  const std::int64_t first = first_visible_key(a.params, n, query_len);
+  rows.skip(first);
+  for (std::int64_t j = first; j < n; ++j) {
     if (a.block_table.defined()) {
       const std::int64_t block_size = t.shape[1];
       const std::int64_t block = int_at(a.block_table, {request, j / block_size});

@@ -1,0 +1,131 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <fmt/format.h>
+#include <fnmatch.h>
+
+#include <algorithm>
+#include <cstdio>
+
+#include "attend/core/error.h"
+#include "bench/harness.h"
+#include "cli.h"
+
+namespace attend::cli {
+namespace {
+
+using bench::Bound;
+using bench::CaseResult;
+using nlohmann::ordered_json;
+
+struct Options {
+  std::string pattern = "*";
+  std::string json;
+  int threads = 0;
+  double seconds = 0.5;
+  bool list = false;
+};
+
+constexpr std::size_t kReadBuffer = std::size_t{512} << 20;
+
+ordered_json to_json(const bench::Ceilings& c, Executor& executor) {
+  return {{"fma_gflops", c.fma_gflops},       {"bf16_dot_gflops", c.bf16_dot_gflops},
+          {"int8_dot_gops", c.int8_dot_gops}, {"read_gbps", c.read_gbps},
+          {"lost_fraction", c.lost_fraction}, {"noisy", c.lost_fraction > bench::kNoisyAbove},
+          {"threads", executor.num_workers()}};
+}
+
+ordered_json to_json(const CaseResult& r) {
+  ordered_json j = {{"case", r.name},
+                    {"seconds", r.seconds},
+                    {"gflops", r.gflops},
+                    {"gbps", r.gbps},
+                    {"bound", r.bound == Bound::compute ? "compute" : "memory"},
+                    {"share", r.share},
+                    {"verified", r.verified},
+                    {"ceiling", r.ceiling},
+                    {"seconds_min", r.seconds_min},
+                    {"runs", r.runs},
+                    {"lost_fraction", r.lost_fraction},
+                    {"noisy", r.lost_fraction > bench::kNoisyAbove}};
+  if (!r.verified) j["failure"] = r.failure;
+  return j;
+}
+
+std::string format_seconds(double s) {
+  return s < 1e-3 ? fmt::format("{:.1f} us", s * 1e6) : fmt::format("{:.2f} ms", s * 1e3);
+}
+
+void print_case(std::FILE* to, const CaseResult& r) {
+  if (!r.verified) {
+    fmt::print(to, "{:<28} WRONG, not timed: {}\n", r.name, r.failure);
+    return;
+  }
+  const bool compute = r.bound == Bound::compute;
+  fmt::print(to, "{:<28} {:>10} {:>10.1f} {:>9.2f}  {:>5.1f} % of {:.0f} {}{}\n", r.name,
+             format_seconds(r.seconds), r.gflops, r.gbps, 100 * r.share, r.ceiling,
+             compute ? "GFLOP/s" : "GB/s", r.lost_fraction > bench::kNoisyAbove ? "  (noisy)" : "");
+  std::fflush(to);
+}
+
+void run(const Options& o) {
+  std::vector<bench::Case> chosen;
+  for (const auto& c : bench::all_cases())
+    if (fnmatch(o.pattern.c_str(), std::string(c.name).c_str(), 0) == 0) chosen.push_back(c);
+  if (o.list) {
+    for (const auto& c : chosen) fmt::print("{:<28} {}\n", c.name, c.description);
+    return;
+  }
+  if (chosen.empty())
+    throw InvalidArgument("attend bench", "--case", "a pattern that matches a case of --list",
+                          "'" + o.pattern + "'");
+  const auto own = o.threads > 0 ? make_thread_pool(o.threads) : nullptr;
+  Executor& executor = own ? *own : default_executor();
+  std::FILE* text = o.json == "-" ? stderr : stdout;
+
+  const bench::Ceilings ceilings = bench::measure_ceilings(executor, kReadBuffer, 0.3);
+  fmt::print(
+      text,
+      "ceilings with {} thread(s): float32 FMA {:.0f} GFLOP/s, bf16 dot {:.0f} GFLOP/s, int8 dot "
+      "{:.0f} GOP/s, read {:.1f} GB/s; lost to others {:.1f} %{}\n",
+      executor.num_workers(), ceilings.fma_gflops, ceilings.bf16_dot_gflops, ceilings.int8_dot_gops,
+      ceilings.read_gbps, 100 * ceilings.lost_fraction,
+      ceilings.lost_fraction > bench::kNoisyAbove ? " (noisy: repeat on a quiet machine)" : "");
+  fmt::print(text, "{:<28} {:>10} {:>10} {:>9}  {}\n", "case", "time", "GFLOP/s", "GB/s",
+             "share of the ceiling that binds");
+  ordered_json results = ordered_json::array();
+  bool all_verified = true;
+  for (const auto& c : chosen) {
+    const CaseResult r = bench::run_case(c, executor, o.seconds);
+    print_case(text, r);
+    results.push_back(to_json(r));
+    all_verified &= r.verified;
+  }
+  write_json({{"ceilings", to_json(ceilings, executor)}, {"cases", results}}, o.json);
+  if (!all_verified) throw Exit{kCheckFailed};
+}
+
+}  // namespace
+
+void add_bench(CLI::App& app) {
+  auto o = std::make_shared<Options>();
+  CLI::App* command =
+      app.add_subcommand("bench",
+                         "Measure speed as a share of what this machine can do.\n\n"
+                         "First the ceilings (arithmetic in registers, sequential reads), then "
+                         "each case: it is compared\n"
+                         "with the float64 oracle on sampled rows, and only a right result is "
+                         "timed. The ceiling that\n"
+                         "binds the case is measured again beside it, over a buffer as large as "
+                         "the case's data. A run in\n"
+                         "which other programs took more than 2 % of the time is marked noisy.\n\n"
+                         "Example: attend bench --case 'decode*' --json -");
+  command->add_option("--case", o->pattern, "Cases to run, a shell pattern (default: all)");
+  command->add_option("--threads", o->threads, "Threads (default: all CPUs this process may use)")
+      ->check(CLI::PositiveNumber);
+  command->add_option("--seconds", o->seconds, "Seconds to time each case at least (default 0.5)")
+      ->check(CLI::PositiveNumber);
+  command->add_flag("--list", o->list, "List the cases and end");
+  add_json_option(*command, o->json);
+  command->callback([o] { run(*o); });
+}
+
+}  // namespace attend::cli

@@ -1,0 +1,198 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <cmath>
+#include <numeric>
+#include <vector>
+
+#include "attend/core/workspace.h"
+#include "attend/ops/attention.h"
+#include "attend/oracle/attention.h"
+#include "bench/harness.h"
+#include "bench/random_fill.h"
+
+namespace attend::bench {
+namespace {
+
+/// One shape, all requests alike. Paged cases have HND caches whose blocks lie in shuffled order.
+struct Shape {
+  std::string_view name, description;
+  Bound bound;
+  DType dtype;
+  int batch, query_len, seq_len;
+  int num_q_heads, num_kv_heads, head_dim;
+  int block_size;  // 0 = ragged keys and values
+};
+
+constexpr Shape kShapes[] = {
+    {"prefill_bf16_gqa4_d128_4k", "causal prefill of 4096 tokens, 32 query and 8 kv heads, bf16",
+     Bound::compute, DType::bf16, 1, 4096, 4096, 32, 8, 128, 0},
+    {"prefill_f32_gqa4_d128_4k", "the same in float32", Bound::compute, DType::f32, 1, 4096, 4096,
+     32, 8, 128, 0},
+    {"short_batch_256x128", "causal prefill of 256 prompts of 128 tokens, bf16", Bound::compute,
+     DType::bf16, 256, 128, 128, 32, 8, 128, 0},
+    {"decode_bf16_gqa8_d128_32k",
+     "one token for each of 4 requests of 32768 keys, 32 query and 4 kv heads, shuffled blocks of "
+     "32",
+     Bound::memory, DType::bf16, 4, 1, 32768, 32, 4, 128, 32},
+    {"single_token_128", "one token, 128 keys, 32 query and 8 kv heads, bf16: latency",
+     Bound::memory, DType::bf16, 1, 1, 128, 32, 8, 128, 32},
+};
+
+class AttentionProblem : public Problem {
+ public:
+  AttentionProblem(const Shape& shape, Executor& executor) : s_(shape), executor_(executor) {
+    const std::int64_t tokens = std::int64_t{s_.batch} * s_.query_len;
+    const std::int64_t keys = std::int64_t{s_.batch} * s_.seq_len;
+    const auto elem = static_cast<std::int64_t>(size_of(s_.dtype));
+    q_count_ = tokens * s_.num_q_heads * s_.head_dim;
+    kv_count_ = keys * s_.num_kv_heads * s_.head_dim;
+    q_ = Buffer(static_cast<std::size_t>(q_count_ * elem));
+    out_ = Buffer(static_cast<std::size_t>(q_count_ * elem));
+    k_ = Buffer(static_cast<std::size_t>(kv_count_ * elem));
+    v_ = Buffer(static_cast<std::size_t>(kv_count_ * elem));
+    fill();
+    make_args(tokens, keys);
+    make_plan();
+  }
+
+  void run() override { flash_attn_varlen(args_, plan_, workspace_.workspace(), executor_); }
+  double flops() const override { return 4.0 * pairs() * s_.head_dim * s_.num_q_heads; }
+  double bytes() const override {
+    return static_cast<double>(2 * kv_count_) * static_cast<double>(size_of(s_.dtype));
+  }
+
+  std::string verify() const override {
+    constexpr int kRows = 24;
+    for (int i = 0; i < kRows; ++i) {
+      const auto pick = hash64(static_cast<std::uint64_t>(i));
+      const auto request = static_cast<int>(pick % static_cast<unsigned>(s_.batch));
+      // First and last token of a request always, then anywhere.
+      const int token = i == 0 ? 0
+                        : i == 1
+                            ? s_.query_len - 1
+                            : static_cast<int>((pick >> 20) % static_cast<unsigned>(s_.query_len));
+      const auto head = static_cast<int>((pick >> 44) % static_cast<unsigned>(s_.num_q_heads));
+      const std::string wrong = verify_row(request, token, head);
+      if (!wrong.empty()) return wrong;
+    }
+    return "";
+  }
+
+ private:
+  void fill() {
+    executor_.run([&](int worker) {
+      if (worker == 0) fill_random(q_.data(), s_.dtype, q_count_, 1);
+      if (worker == 0) fill_random(k_.data(), s_.dtype, kv_count_, 2);
+      if (worker == executor_.num_workers() - 1) fill_random(v_.data(), s_.dtype, kv_count_, 3);
+    });
+  }
+
+  void make_args(std::int64_t tokens, std::int64_t keys) {
+    for (int r = 0; r <= s_.batch; ++r) {
+      query_start_.push_back(r * s_.query_len);
+      key_start_.push_back(r * s_.seq_len);
+      if (r < s_.batch) seq_lens_.push_back(s_.seq_len);
+    }
+    const std::int64_t d = s_.head_dim;
+    args_.q = {q_.data(), s_.dtype, {tokens, s_.num_q_heads, d}};
+    args_.out = {out_.data(), s_.dtype, {tokens, s_.num_q_heads, d}};
+    args_.params.causal = true;
+    if (s_.block_size == 0) {
+      args_.k = {k_.data(), s_.dtype, {keys, s_.num_kv_heads, d}};
+      args_.v = {v_.data(), s_.dtype, {keys, s_.num_kv_heads, d}};
+      return;
+    }
+    const std::int64_t blocks = keys / s_.block_size;
+    table_.resize(static_cast<std::size_t>(blocks));
+    std::iota(table_.begin(), table_.end(), 0);
+    for (std::size_t i = table_.size() - 1; i > 0; --i)
+      std::swap(table_[i], table_[hash64(i) % (i + 1)]);
+    const auto hnd = [&](const Buffer& b) {
+      return ConstTensorView{b.data(), s_.dtype, {blocks, s_.num_kv_heads, s_.block_size, d}}
+          .permute({0, 2, 1, 3});
+    };
+    args_.k = hnd(k_);
+    args_.v = hnd(v_);
+    args_.block_table = {table_.data(), DType::i32, {s_.batch, blocks / s_.batch}};
+  }
+
+  void make_plan() {
+    AttentionPlanInput in;
+    in.query_start_loc = query_start_;
+    in.seq_lens = seq_lens_;
+    in.num_q_heads = s_.num_q_heads;
+    in.num_kv_heads = s_.num_kv_heads;
+    in.head_dim_qk = in.head_dim_v = s_.head_dim;
+    in.num_workers = executor_.num_workers();
+    plan_ = plan_attention(in);
+    workspace_ = Buffer(plan_.workspace_bytes);
+  }
+
+  double pairs() const {
+    const double first = s_.seq_len - s_.query_len + 1;
+    return s_.batch * s_.query_len * (first + s_.seq_len) / 2.0;
+  }
+
+  std::int64_t kv_index(int request, std::int64_t j, int head, int d) const {
+    const std::int64_t dim = s_.head_dim;
+    if (s_.block_size == 0)
+      return ((std::int64_t{request} * s_.seq_len + j) * s_.num_kv_heads + head) * dim + d;
+    const auto slot =
+        static_cast<std::size_t>((std::int64_t{request} * s_.seq_len + j) / s_.block_size);
+    return ((std::int64_t{table_[slot]} * s_.num_kv_heads + head) * s_.block_size +
+            j % s_.block_size) *
+               dim +
+           d;
+  }
+
+  std::string verify_row(int request, int token, int head) const {
+    const std::int64_t row =
+        ((std::int64_t{request} * s_.query_len + token) * s_.num_q_heads + head) * s_.head_dim;
+    const int kv_head = head / (s_.num_q_heads / s_.num_kv_heads);
+    oracle::RowProblem p;
+    p.head_dim_qk = p.head_dim_v = s_.head_dim;
+    p.position = token + s_.seq_len - s_.query_len;
+    p.num_keys = s_.seq_len;
+    p.scale = 1.0 / std::sqrt(static_cast<double>(s_.head_dim));
+    p.q = [&](int d) { return value_at(q_.data(), s_.dtype, row + d); };
+    p.k = [&](std::int64_t j, int d) {
+      return value_at(k_.data(), s_.dtype, kv_index(request, j, kv_head, d));
+    };
+    p.v = [&](std::int64_t j, int d) {
+      return value_at(v_.data(), s_.dtype, kv_index(request, j, kv_head, d));
+    };
+    const oracle::RowResult want = oracle::attention_row(p);
+    for (int d = 0; d < s_.head_dim; ++d) {
+      const double got = value_at(out_.data(), s_.dtype, row + d);
+      const double bound = oracle::out_error_bound(want, d, s_.head_dim, s_.dtype);
+      const auto i = static_cast<std::size_t>(d);
+      if (!(std::abs(got - want.out[i]) <= bound))
+        return fmt::format("request {} token {} head {} dim {}: expected {} +- {}, got {}", request,
+                           token, head, d, want.out[i], bound, got);
+    }
+    return "";
+  }
+
+  Shape s_;
+  Executor& executor_;
+  Buffer q_, k_, v_, out_, workspace_;
+  std::int64_t q_count_ = 0, kv_count_ = 0;
+  std::vector<std::int32_t> query_start_, key_start_, seq_lens_, table_;
+  FlashAttnVarlenArgs args_;
+  AttentionPlan plan_;
+};
+
+}  // namespace
+
+std::vector<Case> attention_cases() {
+  std::vector<Case> cases;
+  for (const Shape& shape : kShapes)
+    cases.push_back({shape.name, shape.description, shape.bound, [&shape](Executor& executor) {
+                       return std::make_unique<AttentionProblem>(shape, executor);
+                     }});
+  return cases;
+}
+
+}  // namespace attend::bench

@@ -1,0 +1,101 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "bench/ceilings.h"
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <cstring>
+#include <vector>
+
+#include "attend/core/workspace.h"
+#include "bench/kernels/kernels.h"
+
+namespace attend::bench {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+double seconds_since(Clock::time_point start) {
+  return std::chrono::duration<double>(Clock::now() - start).count();
+}
+
+/// Operations a second of all workers together, in 1e9.
+double measure_ops(Executor& executor, OpLoopFn loop, double seconds) {
+  if (loop == nullptr) return 0.0;
+  constexpr std::int64_t kRounds = 20000;
+  std::vector<double> rates(static_cast<std::size_t>(executor.num_workers()));
+  executor.run([&](int worker) {
+    loop(kRounds);  // warms up the clock
+    double ops = 0.0;
+    const auto start = Clock::now();
+    while (seconds_since(start) < seconds) ops += loop(kRounds);
+    rates[static_cast<std::size_t>(worker)] = ops / seconds_since(start);
+  });
+  double sum = 0.0;
+  for (const double r : rates) sum += r;
+  return sum * 1e-9;
+}
+
+}  // namespace
+
+double measure_fma_gflops(Executor& executor, double seconds) {
+  return measure_ops(executor, ceiling_kernels().fma, seconds);
+}
+
+double measure_read_gbps(Executor& executor, std::size_t buffer_bytes, double seconds) {
+  const auto workers = static_cast<std::size_t>(executor.num_workers());
+  const std::size_t share = std::max<std::size_t>(4096, buffer_bytes / workers / 256 * 256);
+  const Buffer buffer(share * workers);
+  const ReadLoopFn read = ceiling_kernels().read;
+  std::vector<double> rates(workers);
+  executor.run([&](int worker) {
+    auto* mine = static_cast<std::byte*>(buffer.data()) + static_cast<std::size_t>(worker) * share;
+    std::memset(mine, worker + 1, share);
+    double best = 0.0;
+    const auto start = Clock::now();
+    // Small buffers are read many times between two looks at the clock.
+    const std::size_t repeats = std::max<std::size_t>(1, (std::size_t{1} << 22) / share);
+    do {
+      const auto begin = Clock::now();
+      for (std::size_t i = 0; i < repeats; ++i) read(mine, share);
+      best = std::max(best, static_cast<double>(repeats * share) / seconds_since(begin));
+    } while (seconds_since(start) < seconds);
+    rates[static_cast<std::size_t>(worker)] = best;
+  });
+  double sum = 0.0;
+  for (const double r : rates) sum += r;
+  return sum * 1e-9;
+}
+
+double measure_lost_fraction(Executor& executor, double seconds) {
+  std::vector<double> lost(static_cast<std::size_t>(executor.num_workers()));
+  executor.run([&](int worker) {
+    // Two looks at the clock are some 50 ns apart: more than 5 us between them went elsewhere.
+    constexpr double kGap = 5e-6;
+    const auto start = Clock::now();
+    auto last = start;
+    double sum = 0.0;
+    for (;;) {
+      const auto now = Clock::now();
+      const double gap = std::chrono::duration<double>(now - last).count();
+      if (gap > kGap) sum += gap;
+      last = now;
+      if (std::chrono::duration<double>(now - start).count() > seconds) break;
+    }
+    lost[static_cast<std::size_t>(worker)] = sum / seconds_since(start);
+  });
+  return *std::max_element(lost.begin(), lost.end());
+}
+
+Ceilings measure_ceilings(Executor& executor, std::size_t buffer_bytes, double seconds_each) {
+  const CeilingKernels kernels = ceiling_kernels();
+  Ceilings c;
+  c.lost_fraction = measure_lost_fraction(executor, seconds_each);
+  c.fma_gflops = measure_ops(executor, kernels.fma, seconds_each);
+  c.bf16_dot_gflops = measure_ops(executor, kernels.bf16_dot, seconds_each);
+  c.int8_dot_gops = measure_ops(executor, kernels.int8_dot, seconds_each);
+  c.read_gbps = measure_read_gbps(executor, buffer_bytes, seconds_each);
+  return c;
+}
+
+}  // namespace attend::bench

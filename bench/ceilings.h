@@ -1,0 +1,31 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+#include <cstddef>
+
+#include "attend/core/executor.h"
+
+/// What this machine can do at best, measured now: every speed is reported as a share of one of
+/// these.
+namespace attend::bench {
+
+/// All workers together. 0 = the instructions are not there.
+struct Ceilings {
+  double fma_gflops = 0.0;       ///< float32 fused multiply-adds in registers, 2 operations each
+  double bf16_dot_gflops = 0.0;  ///< vdpbf16ps, 4 operations a lane
+  double int8_dot_gops = 0.0;    ///< vpdpbusd, 8 operations a lane
+  double read_gbps = 0.0;        ///< sequential read of `buffer_bytes`, 1e9 bytes a second
+  double lost_fraction = 0.0;    ///< time that other programs took from a spinning worker
+};
+
+/// Above this lost_fraction a run is flagged as noisy.
+inline constexpr double kNoisyAbove = 0.02;
+
+/// Measures all of them, `seconds_each` a figure.
+Ceilings measure_ceilings(Executor& executor, std::size_t buffer_bytes, double seconds_each);
+
+/// Single figures, for measuring beside a case.
+double measure_fma_gflops(Executor& executor, double seconds);
+double measure_read_gbps(Executor& executor, std::size_t buffer_bytes, double seconds);
+double measure_lost_fraction(Executor& executor, double seconds);
+
+}  // namespace attend::bench

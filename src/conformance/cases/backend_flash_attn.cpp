@@ -1,0 +1,334 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <fmt/format.h>
+
+#include <cstring>
+#include <optional>
+#include <utility>
+
+#include "attend/backend/selector.h"
+#include "attend/oracle/attention.h"
+#include "conformance/attention_shape.h"
+#include "conformance/check.h"
+#include "conformance/random_blocks.h"
+
+namespace attend::conformance {
+namespace {
+
+constexpr const char* kBackend = "FLASH_ATTN";
+
+ShapeLimits backend_limits() {
+  ShapeLimits limits;
+  limits.keys_cover_queries = true;
+  limits.same_head_dims = true;
+  return limits;
+}
+
+/// One layer of a step: builder, impl and cache, as an engine drives them.
+class FlashAttnBackendCase final : public Case {
+ public:
+  explicit FlashAttnBackendCase(Rng& rng)
+      : backend_(find_backend(kBackend)),
+        type_(rng.pick({AttentionType::decoder, AttentionType::decoder, AttentionType::decoder,
+                        AttentionType::encoder, AttentionType::encoder_only})),
+        shape_(random_shape(rng, backend_limits())),
+        padding_(rng.chance(0.3) ? rng.range(1, 9) : 0),
+        keys_in_cache_(is_decoder() && rng.chance(0.2)),
+        with_lse_(rng.chance(0.7)) {
+    choose_features(rng);
+    make_rows(rng);
+    if (is_decoder()) make_cache(rng);
+    make_metadata();
+    write_new_rows();
+    for (int r = 0; r < shape_.num_reqs(); ++r) append_expected(r);
+    poison_new_rows();
+    output_.freeze();
+    lse_.freeze();
+    if (is_decoder()) cache_.freeze();
+  }
+
+  Outcome run(IsaLevel, Executor& executor) override {
+    output_.reset();
+    lse_.reset();
+    if (is_decoder()) cache_.reset();
+    const auto builder = backend_.make_builder(builder_config(executor));
+    const auto metadata = builder->build(0, batch_);
+    Buffer workspace(metadata->workspace_bytes());
+    if (workspace.size() > 0) std::memset(workspace.data(), 0xff, workspace.size());
+    ForwardArgs args;
+    args.query = query_.view();
+    if (!keys_in_cache_) {
+      args.key = key_.view();
+      args.value = value_.view();
+    }
+    if (is_decoder()) args.kv_cache = layer_view();
+    args.output = output_.view();
+    if (with_lse_) args.lse = lse_.view();
+    args.workspace = workspace.workspace();
+    args.executor = &executor;
+    backend_.make_impl(impl_config())->forward(args, metadata.get());
+
+    Outcome outcome;
+    compare_rows(outcome, "output", output_, expected_.out, expected_.out_bound);
+    if (with_lse_) compare_rows(outcome, "lse", lse_, expected_.lse, expected_.lse_bound);
+    if (is_decoder()) {
+      expect_new_rows();
+      expect_undamaged(outcome, "kv_cache", cache_);
+    }
+    return outcome;
+  }
+
+  std::string describe() const override {
+    std::string text = fmt::format("{} {}", to_string(type_), shape_.describe());
+    if (is_decoder()) {
+      text += fmt::format(" {} block_size {} layers {}", to_string(layout_), spec_.block_size,
+                          spec_.num_layers);
+    }
+    if (keys_in_cache_) text += " keys already in the cache";
+    if (!batch_.request_causal.empty()) text += " causal per request";
+    return text;
+  }
+
+ private:
+  bool is_decoder() const noexcept { return type_ == AttentionType::decoder; }
+  int num_tokens() const { return shape_.query_start_loc().back(); }
+
+  void choose_features(Rng& rng) {
+    if (shape_.window_left >= 0) window_ = shape_.window_left + 1;
+    shape_.window_right = -1;
+    if (window_) shape_.window_right = type_ == AttentionType::encoder_only ? *window_ - 1 : 0;
+    if (!is_decoder()) {
+      shape_.causal = false;
+      shape_.seq_lens = shape_.query_lens;
+    }
+    if (shape_.alibi != AlibiSlopes::none) shape_.alibi = AlibiSlopes::per_head;
+    params_ = make_params(rng, shape_, slopes_);
+    if (is_decoder() && rng.chance(0.2)) {
+      for (int r = 0; r < shape_.num_reqs(); ++r) {
+        batch_.request_causal.push_back(static_cast<std::uint8_t>(rng.range(0, 1)));
+      }
+    }
+  }
+
+  void make_rows(Rng& rng) {
+    Layout rows;
+    rows.padded = rng.chance(0.4);
+    const std::int64_t tokens = num_tokens() + padding_;
+    const auto heads = shape_.q_heads();
+    query_ = Storage(rng, shape_.dtype, {tokens, heads, shape_.head_dim}, rows);
+    output_ = Storage(rng, shape_.dtype, {tokens, heads, shape_.head_dim}, rows);
+    lse_ = Storage(rng, DType::f32, {tokens, heads}, rows);
+    key_ = Storage(rng, shape_.dtype, {tokens, shape_.kv_heads, shape_.head_dim}, rows);
+    value_ = Storage(rng, shape_.dtype, {tokens, shape_.kv_heads, shape_.head_dim}, rows);
+    for (int t = 0; t < num_tokens(); ++t) {
+      for (int h = 0; h < heads; ++h) {
+        query_.set_random(rng, query_.offset({t, h, 0}), shape_.head_dim, shape_.query_magnitude);
+      }
+      for (int h = 0; h < shape_.kv_heads; ++h) {
+        key_.set_random(rng, key_.offset({t, h, 0}), shape_.head_dim, 1.0);
+        value_.set_random(rng, value_.offset({t, h, 0}), shape_.head_dim, shape_.value_magnitude);
+      }
+    }
+  }
+
+  void make_cache(Rng& rng) {
+    spec_.block_size = rng.pick({16, 16, 32, 48, 64, 256});
+    spec_.num_kv_heads = shape_.kv_heads;
+    spec_.head_size = shape_.head_dim;
+    spec_.dtype = shape_.dtype;
+    spec_.num_layers = rng.chance(0.4) ? rng.range(1, 3) : 0;
+    layout_ = rng.pick({KvLayout::nhd, KvLayout::hnd});
+    layer_ = spec_.num_layers > 0 ? rng.range(0, spec_.num_layers - 1) : 0;
+    blocks_.emplace(rng, shape_.seq_lens, untouched_slots(), spec_.block_size, false);
+    spec_.num_blocks = blocks_->num_blocks;
+    Layout physical;
+    physical.order = backend_.kv_cache_stride_order(layout_, spec_.num_layers > 0);
+    cache_ = Storage(rng, spec_.dtype, backend_.kv_cache_shape(spec_), physical);
+    for (int r = 0; r < shape_.num_reqs(); ++r) {
+      const auto request = static_cast<std::size_t>(r);
+      const std::int64_t computed = shape_.seq_lens[request] - shape_.query_lens[request];
+      for (std::int64_t j = shape_.first_visible_key(r); j < computed; ++j) {
+        for (int h = 0; h < shape_.kv_heads; ++h) {
+          cache_.set_random(rng, cache_offset(0, r, j, h), shape_.head_dim, 1.0);
+          cache_.set_random(rng, cache_offset(1, r, j, h), shape_.head_dim, shape_.value_magnitude);
+        }
+      }
+    }
+  }
+
+  /// Slots of each request that are neither read nor written.
+  std::vector<std::int32_t> untouched_slots() const {
+    std::vector<std::int32_t> untouched = shape_.hidden_keys();
+    for (std::size_t r = 0; r < untouched.size(); ++r) {
+      untouched[r] = std::min(untouched[r], shape_.seq_lens[r] - shape_.query_lens[r]);
+    }
+    return untouched;
+  }
+
+  /// Offset in the whole cache of key (plane 0) or value (plane 1) row j of a request.
+  std::int64_t cache_offset(int plane, int request, std::int64_t j, int head) const {
+    const std::int64_t block = blocks_->block(request, j), slot = j % spec_.block_size;
+    return spec_.num_layers > 0 ? cache_.offset({layer_, plane, block, slot, head, 0})
+                                : cache_.offset({plane, block, slot, head, 0});
+  }
+
+  TensorView layer_view() const {
+    return spec_.num_layers > 0 ? cache_.view().select(0, layer_) : cache_.view();
+  }
+
+  void make_metadata() {
+    batch_.query_start_loc = shape_.query_start_loc();
+    batch_.seq_lens = shape_.seq_lens;
+    batch_.num_reqs = shape_.num_reqs();
+    batch_.num_tokens = num_tokens();
+    batch_.causal = shape_.causal;
+    for (int r = 0; r < shape_.num_reqs(); ++r) {
+      const auto request = static_cast<std::size_t>(r);
+      batch_.max_query_len = std::max(batch_.max_query_len, shape_.query_lens[request]);
+      batch_.max_seq_len = std::max(batch_.max_seq_len, shape_.seq_lens[request]);
+      if (!is_decoder()) continue;
+      const std::int64_t computed = shape_.seq_lens[request] - shape_.query_lens[request];
+      for (std::int64_t j = computed; j < shape_.seq_lens[request]; ++j) {
+        batch_.slot_mapping.push_back(blocks_->block(r, j) * spec_.block_size +
+                                      j % spec_.block_size);
+      }
+    }
+    if (is_decoder()) batch_.block_table = blocks_->table.view();
+  }
+
+  /// Calls `visit(plane, element of the cache, element of key or value)` for this step's rows.
+  template <typename Visit>
+  void for_new_elements(const Visit& visit) {
+    if (!is_decoder()) return;
+    const std::vector<std::int32_t> start = shape_.query_start_loc();
+    for (int r = 0; r < shape_.num_reqs(); ++r) {
+      const auto request = static_cast<std::size_t>(r);
+      const std::int64_t computed = shape_.seq_lens[request] - shape_.query_lens[request];
+      for (int i = 0; i < shape_.query_lens[request]; ++i) {
+        for (int h = 0; h < shape_.kv_heads; ++h) {
+          for (int plane = 0; plane < 2; ++plane) {
+            const Storage& rows = plane == 0 ? key_ : value_;
+            const std::int64_t to = cache_offset(plane, r, computed + i, h);
+            const std::int64_t from = rows.offset({start[request] + i, h, 0});
+            for (int d = 0; d < shape_.head_dim; ++d) visit(rows, to + d, from + d);
+          }
+        }
+      }
+    }
+  }
+  void write_new_rows() {
+    for_new_elements([&](const Storage& rows, std::int64_t to, std::int64_t from) {
+      cache_.set(to, rows.get(from));
+    });
+  }
+  void poison_new_rows() {
+    if (keys_in_cache_) return;
+    for_new_elements([&](const Storage&, std::int64_t to, std::int64_t) {
+      cache_.set(to, std::numeric_limits<double>::quiet_NaN());
+    });
+  }
+  void expect_new_rows() {
+    if (keys_in_cache_) return;
+    for_new_elements([&](const Storage& rows, std::int64_t to, std::int64_t from) {
+      cache_.expect_copy(to, rows, from);
+    });
+  }
+
+  /// Oracle of one request, over the cache with this step's rows in it (or over the rows alone).
+  void append_expected(int request) {
+    const auto r = static_cast<std::size_t>(request);
+    const std::int64_t first = shape_.query_start_loc()[r], query_len = shape_.query_lens[r];
+    const std::int32_t q_start[] = {0, shape_.query_lens[r]};
+    const std::int32_t seq_len[] = {shape_.seq_lens[r]};
+    FlashAttnVarlenArgs a;
+    a.q = query_.view().slice(0, first, query_len);
+    a.out = output_.view().slice(0, first, query_len);
+    a.query_start_loc = {q_start, DType::i32, {2}};
+    if (is_decoder()) {
+      a.k = layer_view().select(0, 0);
+      a.v = layer_view().select(0, 1);
+      a.seq_lens = {seq_len, DType::i32, {1}};
+      a.block_table = blocks_->table.view().slice(0, request, 1);
+    } else {
+      a.k = key_.view().slice(0, first, query_len);
+      a.v = value_.view().slice(0, first, query_len);
+      a.cu_seqlens_kv = a.query_start_loc;
+    }
+    a.params = params_;
+    if (!batch_.request_causal.empty()) a.params.causal = batch_.request_causal[r] != 0;
+    const oracle::Result one = oracle::flash_attn_varlen(a);
+    const auto append = [](std::vector<double>& to, const std::vector<double>& from) {
+      to.insert(to.end(), from.begin(), from.end());
+    };
+    append(expected_.out, one.out);
+    append(expected_.out_bound, one.out_bound);
+    append(expected_.lse, one.lse);
+    append(expected_.lse_bound, one.lse_bound);
+  }
+
+  /// The batch's rows; padding rows behind them must stay as they were.
+  static void compare_rows(Outcome& outcome, std::string_view name, Storage& got,
+                           const std::vector<double>& expected, const std::vector<double>& bound) {
+    const std::vector<std::int64_t> offsets = got.offsets();
+    for (std::size_t i = 0; i < expected.size(); ++i) {
+      compare(outcome, got.get(offsets[i]), expected[i], bound[i],
+              [&] { return fmt::format("{} element {}", name, i); });
+      got.accept(offsets[i]);
+    }
+    expect_undamaged(outcome, name, got);
+  }
+
+  BuilderConfig builder_config(const Executor& executor) const {
+    BuilderConfig c;
+    c.num_q_heads = shape_.q_heads();
+    c.cache = spec_;
+    c.cache.num_kv_heads = shape_.kv_heads;
+    c.cache.head_size = shape_.head_dim;
+    c.cache.dtype = shape_.dtype;
+    c.window_left = shape_.window_left;
+    c.window_right = shape_.window_right;
+    c.num_workers = executor.num_workers();
+    c.attn_type = type_;
+    return c;
+  }
+
+  ImplConfig impl_config() const {
+    ImplConfig c;
+    c.num_q_heads = shape_.q_heads();
+    c.num_kv_heads = shape_.kv_heads;
+    c.head_size = shape_.head_dim;
+    c.scale = params_.scale;
+    c.softcap = params_.softcap;
+    c.sliding_window = window_;
+    if (params_.alibi_slopes.defined()) {
+      const auto* slopes = params_.alibi_slopes.as<float>();
+      c.alibi_slopes.assign(slopes, slopes + shape_.q_heads());
+    }
+    c.attn_type = type_;
+    c.dtype = shape_.dtype;
+    return c;
+  }
+
+  const Backend& backend_;
+  AttentionType type_;
+  AttentionShape shape_;
+  int padding_;  ///< rows behind the batch's, as under a captured graph
+  bool keys_in_cache_, with_lse_;
+  std::optional<int> window_;
+  AttentionParams params_;
+  Storage slopes_, query_, output_, lse_, key_, value_, cache_;
+  KvCacheSpec spec_;
+  KvLayout layout_ = KvLayout::nhd;
+  int layer_ = 0;
+  std::optional<RandomBlocks> blocks_;
+  CommonMetadata batch_;
+  oracle::Result expected_;
+};
+
+}  // namespace
+
+Op op_backend_flash_attn() {
+  return {backend_op_name(kBackend), false,
+          [](Rng& rng) { return std::make_unique<FlashAttnBackendCase>(rng); }};
+}
+
+}  // namespace attend::conformance

@@ -1,0 +1,126 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "conformance/varlen_problem.h"
+
+#include <fmt/format.h>
+
+#include <utility>
+
+#include "conformance/random_blocks.h"
+
+namespace attend::conformance {
+VarlenOptions random_varlen_options(Rng& rng) {
+  VarlenOptions o;
+  o.kv = rng.pick({KvStorage::ragged, KvStorage::paged_nhd, KvStorage::paged_hnd});
+  o.block_size = random_block_size(rng);
+  o.padded = rng.chance(0.4);
+  o.layered = rng.chance(0.3);
+  o.lse = rng.chance(0.8);
+  o.lse_by_head = rng.chance(0.3);
+  return o;
+}
+
+VarlenProblem::VarlenProblem(Rng& rng, AttentionShape attention_shape, const VarlenOptions& memory)
+    : shape(std::move(attention_shape)), options(memory) {
+  const std::vector<std::int32_t> start = shape.query_start_loc();
+  const std::int64_t tokens = start.back();
+  Layout rows;
+  rows.padded = options.padded;
+  q = Storage(rng, shape.dtype, {tokens, shape.q_heads(), shape.head_dim}, rows);
+  q.set_random(rng, shape.query_magnitude);
+  out = Storage(rng, shape.dtype, {tokens, shape.q_heads(), shape.head_dim_v}, rows);
+  if (options.lse) {
+    Layout lse_layout;
+    if (options.lse_by_head) lse_layout = {.order = {1, 0}, .padded = options.padded};
+    lse = Storage(rng, DType::f32, {tokens, shape.q_heads()}, lse_layout);
+  }
+  query_start_loc = int_storage(rng, start);
+  params = make_params(rng, shape, slopes);
+  if (options.kv == KvStorage::ragged) {
+    make_ragged(rng);
+  } else {
+    make_paged(rng);
+  }
+  out.freeze();
+  if (options.lse) lse.freeze();
+}
+
+void VarlenProblem::fill_row(Rng& rng, std::initializer_list<std::int64_t> index) {
+  k.set_random(rng, k.offset(index), shape.head_dim, 1.0);
+  v.set_random(rng, v.offset(index), shape.head_dim_v, shape.value_magnitude);
+}
+
+void VarlenProblem::make_ragged(Rng& rng) {
+  const std::vector<std::int32_t> start = shape.key_start_loc();
+  cu_seqlens_kv = int_storage(rng, start);
+  Layout rows;
+  rows.padded = options.padded;
+  k = Storage(rng, shape.dtype, {start.back(), shape.kv_heads, shape.head_dim}, rows);
+  v = Storage(rng, shape.dtype, {start.back(), shape.kv_heads, shape.head_dim_v}, rows);
+  for (int r = 0; r < shape.num_reqs(); ++r) {
+    const auto request = static_cast<std::size_t>(r);
+    for (std::int64_t j = shape.first_visible_key(r); j < shape.seq_lens[request]; ++j) {
+      for (int h = 0; h < shape.kv_heads; ++h) fill_row(rng, {start[request] + j, h, 0});
+    }
+  }
+}
+
+void VarlenProblem::make_paged(Rng& rng) {
+  seq_lens = int_storage(rng, shape.seq_lens);
+  RandomBlocks blocks(rng, shape.seq_lens, shape.hidden_keys(), options.block_size, options.padded);
+  Layout cache;
+  if (options.kv == KvStorage::paged_hnd) cache.order = {0, 2, 1, 3};
+  cache.padded = options.padded;
+  const auto make_cache = [&](int dim) {
+    if (options.layered) {
+      cache.outer_gap = std::int64_t{3} * options.block_size * shape.kv_heads * dim;
+    }
+    return Storage(rng, shape.dtype, {blocks.num_blocks, options.block_size, shape.kv_heads, dim},
+                   cache);
+  };
+  k = make_cache(shape.head_dim);
+  v = make_cache(shape.head_dim_v);
+  for (int r = 0; r < shape.num_reqs(); ++r) {
+    const std::int64_t seq_len = shape.seq_lens[static_cast<std::size_t>(r)];
+    for (std::int64_t j = shape.first_visible_key(r); j < seq_len; ++j) {
+      for (int h = 0; h < shape.kv_heads; ++h) {
+        fill_row(rng, {blocks.block(r, j), j % options.block_size, h, 0});
+      }
+    }
+  }
+  block_table = std::move(blocks.table);
+}
+
+FlashAttnVarlenArgs VarlenProblem::args() const {
+  FlashAttnVarlenArgs a;
+  a.q = q.view();
+  a.k = k.view();
+  a.v = v.view();
+  a.out = out.view();
+  if (options.lse) a.lse = lse.view();
+  a.query_start_loc = query_start_loc.view();
+  if (options.kv == KvStorage::ragged) {
+    a.cu_seqlens_kv = cu_seqlens_kv.view();
+  } else {
+    a.seq_lens = seq_lens.view();
+    a.block_table = block_table.view();
+  }
+  a.params = params;
+  return a;
+}
+
+void VarlenProblem::reset() {
+  out.reset();
+  if (options.lse) lse.reset();
+}
+
+std::string VarlenProblem::describe() const {
+  const char* storage[] = {"ragged", "paged NHD", "paged HND"};
+  std::string text = shape.describe() + " " + storage[static_cast<int>(options.kv)];
+  if (options.kv != KvStorage::ragged) text += fmt::format(" block_size {}", options.block_size);
+  if (options.padded) text += " padded";
+  if (options.layered) text += " layered";
+  if (options.lse_by_head) text += " lse [Hq,T]";
+  return text;
+}
+
+}  // namespace attend::conformance

@@ -1,0 +1,50 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+#include <vector>
+
+#include "attend/ops/attention.h"
+#include "conformance/attention_shape.h"
+#include "conformance/comparison.h"
+#include "conformance/storage.h"
+
+namespace attend::conformance {
+
+/// How the keys and values of a problem are stored.
+enum class KvStorage : std::uint8_t { ragged, paged_nhd, paged_hnd };
+
+/// Memory options of a problem.
+struct VarlenOptions {
+  KvStorage kv = KvStorage::ragged;
+  int block_size = 16;   ///< paged
+  bool padded = false;   ///< gaps between rows of every tensor
+  bool layered = false;  ///< paged: other layers lie between consecutive blocks
+  bool lse = true;
+  bool lse_by_head = false;  ///< lse stored as [Hq, T]
+};
+VarlenOptions random_varlen_options(Rng& rng);
+
+/// A flash_attn_varlen problem with its memory. What no query may read is NaN: unused slots and
+/// blocks, gaps between rows, keys that no query of their request sees; block-table entries beyond
+/// the last used block are out of range.
+struct VarlenProblem {
+  VarlenProblem(Rng& rng, AttentionShape attention_shape, const VarlenOptions& memory);
+
+  /// The op's arguments; views point into the storages below.
+  FlashAttnVarlenArgs args() const;
+  /// Puts the outputs back to what they were before the op.
+  void reset();
+  std::string describe() const;
+
+  AttentionShape shape;
+  VarlenOptions options;
+  Storage q, k, v, out, lse, slopes;
+  Storage query_start_loc, cu_seqlens_kv, seq_lens, block_table;
+  AttentionParams params;
+
+ private:
+  void make_ragged(Rng& rng);
+  void make_paged(Rng& rng);
+  void fill_row(Rng& rng, std::initializer_list<std::int64_t> index);
+};
+
+}  // namespace attend::conformance
