@@ -7,7 +7,7 @@
 namespace attend::check {
 namespace {
 
-constexpr std::int64_t kMaxBytes = std::int64_t{1} << 62;
+constexpr std::int64_t kMaxBytes = std::int64_t{1} << 60;
 
 std::string join_dtypes(std::initializer_list<DType> dtypes) {
   std::string text;
@@ -18,7 +18,7 @@ std::string join_dtypes(std::initializer_list<DType> dtypes) {
   return text;
 }
 
-// True if the product of sizes and the reach of strides stay below 2^62 bytes.
+// True if the product of sizes and the reach of strides stay below 2^60 bytes.
 bool fits(const ConstTensorView& t) noexcept {
   const auto item = static_cast<std::int64_t>(size_of(t.dtype));
   std::int64_t bytes = item;
@@ -69,7 +69,7 @@ void tensor(Where where, const ConstTensorView& t, int rank, std::initializer_li
   for (int i = 0; i < rank; ++i) {
     require(t.shape[i] >= 0, where, "sizes >= 0", [&] { return describe(t); });
   }
-  require(fits(t), where, "at most 2^62 bytes", [&] { return describe_strides(t); });
+  require(fits(t), where, "at most 2^60 bytes", [&] { return describe_strides(t); });
   require(t.defined() || t.numel() == 0, where, "a data pointer",
           [&] { return "null for " + describe(t); });
   const auto address = reinterpret_cast<std::uintptr_t>(t.data);
@@ -131,26 +131,6 @@ void distinct_elements(Where where, const ConstTensorView& t) {
             [&] { return describe_strides(t); });
     reach += stride * (t.shape[i] - 1);
   }
-}
-
-ByteRange byte_range(const ConstTensorView& t) noexcept {
-  if (t.numel() == 0) return {};
-  std::int64_t low = 0;
-  std::int64_t high = 1;
-  for (int i = 0; i < t.rank; ++i) {
-    const std::int64_t step = t.strides[i] * (t.shape[i] - 1);
-    (step < 0 ? low : high) += step;
-  }
-  const auto address = reinterpret_cast<std::uintptr_t>(t.data);
-  const auto item = static_cast<std::int64_t>(size_of(t.dtype));
-  return {address + static_cast<std::uintptr_t>(low * item),
-          address + static_cast<std::uintptr_t>(high * item)};
-}
-
-bool overlaps(const ConstTensorView& a, const ConstTensorView& b) noexcept {
-  const ByteRange x = byte_range(a);
-  const ByteRange y = byte_range(b);
-  return x.begin != x.end && y.begin != y.end && x.begin < y.end && y.begin < x.end;
 }
 
 void no_overlap(Where where, const ConstTensorView& written, std::string_view other_name,

@@ -43,7 +43,7 @@ void require(bool ok, Where where, const Expected& expected, const Got& got) {
   if (!ok) fail(where, expected, got);
 }
 
-/// Rank, element type (empty list = any), CPU device, sizes >= 0 that fit 2^62 bytes, and a data
+/// Rank, element type (empty list = any), CPU device, sizes >= 0 that fit 2^60 bytes, and a data
 /// pointer that is aligned to the element size and not null unless the tensor is empty.
 void tensor(Where where, const ConstTensorView& t, int rank, std::initializer_list<DType> dtypes);
 
@@ -65,8 +65,9 @@ struct ByteRange {
 };
 ByteRange byte_range(const ConstTensorView& t) noexcept;
 
-/// True if the byte ranges of the two views meet. Views that interleave without sharing a byte
-/// count as overlapping.
+/// True if some byte belongs to an element of both views. Views that only interleave (K and V
+/// planes of one cache, slices of one fused tensor) do not overlap. Where that cannot be decided
+/// with little work, which no usual layout reaches, the answer is true.
 bool overlaps(const ConstTensorView& a, const ConstTensorView& b) noexcept;
 
 /// `where` is the written tensor.

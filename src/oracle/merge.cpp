@@ -49,7 +49,7 @@ Result merge_attn_states(const MergeAttnStatesArgs& a) {
       Weights w;
       if (t < with_prefix) {
         w = merge_weights(sanitised(at(a.prefix_lse, {t, h})), sanitised(suffix_lse));
-      } else {
+      } else if (std::isfinite(suffix_lse)) {
         w.suffix = 1.0;
         w.lse = suffix_lse;
       }

@@ -3,8 +3,12 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <array>
 #include <limits>
+#include <set>
+
+#include "support/random.h"
 
 namespace attend {
 namespace {
@@ -110,6 +114,74 @@ TEST_F(CheckTest, Overlap) {
   EXPECT_TRUE(check::overlaps(backwards, row0));
   EXPECT_THROW(check::no_overlap(kWhere, view_, "y", row0), InvalidArgument);
   EXPECT_NO_THROW(check::no_overlap(kWhere, row1, "y", row0));
+}
+
+TEST_F(CheckTest, InterleavedViewsDoNotOverlap) {
+  // K and V planes of a cache [blocks, 2, tokens, 4] and a row of both.
+  const TensorView cache(data_.data(), DType::f32, {4, 2, 2, 4});
+  const TensorView k = cache.select(1, 0);
+  const TensorView v = cache.select(1, 1);
+  EXPECT_FALSE(check::overlaps(k, v));
+  EXPECT_FALSE(check::overlaps(v, k));
+  EXPECT_TRUE(check::overlaps(k, cache.select(2, 1)));
+  EXPECT_TRUE(check::overlaps(k, k.slice(0, 3, 1)));
+  EXPECT_FALSE(check::overlaps(k.slice(0, 0, 2), k.slice(0, 2, 2)));
+  // Rows [4 | 2 | 2] of a fused tensor.
+  const TensorView fused(data_.data(), DType::f32, {8, 8});
+  EXPECT_FALSE(check::overlaps(fused.slice(1, 0, 4), fused.slice(1, 4, 2)));
+  EXPECT_FALSE(check::overlaps(fused.slice(1, 4, 2), fused.slice(1, 6, 2)));
+  EXPECT_TRUE(check::overlaps(fused.slice(1, 0, 5), fused.slice(1, 4, 2)));
+  // Bytes of one element.
+  TensorView half(reinterpret_cast<std::byte*>(data_.data()) + 2, DType::f16, {1});
+  EXPECT_TRUE(check::overlaps(half, fused));
+}
+
+// All pairs of elements, compared one by one.
+bool overlaps_by_enumeration(const TensorView& a, const TensorView& b) {
+  const auto bytes_of = [](const TensorView& t) {
+    std::set<std::uintptr_t> bytes;
+    for (std::int64_t i = 0; i < t.numel(); ++i) {
+      std::int64_t offset = 0;
+      for (std::int64_t d = t.rank - 1, rest = i; d >= 0; rest /= t.shape[d--]) {
+        offset += rest % t.shape[d] * t.strides[d];
+      }
+      const auto item = static_cast<std::int64_t>(size_of(t.dtype));
+      for (std::int64_t k = 0; k < item; ++k) {
+        bytes.insert(reinterpret_cast<std::uintptr_t>(t.data) +
+                     static_cast<std::uintptr_t>(offset * item + k));
+      }
+    }
+    return bytes;
+  };
+  const auto x = bytes_of(a);
+  const auto y = bytes_of(b);
+  return std::ranges::any_of(x, [&](std::uintptr_t p) { return y.contains(p); });
+}
+
+TEST_F(CheckTest, OverlapMatchesEnumeration) {
+  testing::Rng rng(11);
+  SCOPED_TRACE(rng.trace());
+  const auto random_view = [&] {
+    TensorView t;
+    t.dtype = rng.chance(0.7) ? DType::f32 : DType::f16;
+    t.data = reinterpret_cast<std::byte*>(data_.data()) + 2 * rng.integer(0, 40);
+    t.rank = static_cast<int>(rng.integer(1, 3));
+    for (int d = 0; d < t.rank; ++d) {
+      t.shape[static_cast<std::size_t>(d)] = rng.integer(0, 4);
+      t.strides[static_cast<std::size_t>(d)] = rng.integer(-9, 9);
+    }
+    return t;
+  };
+  int overlapping = 0;
+  for (int round = 0; round < 5000; ++round) {
+    const TensorView a = random_view();
+    const TensorView b = random_view();
+    const bool want = overlaps_by_enumeration(a, b);
+    overlapping += want ? 1 : 0;
+    ASSERT_EQ(check::overlaps(a, b), want) << round;
+  }
+  EXPECT_GT(overlapping, 500);
+  EXPECT_LT(overlapping, 4500);
 }
 
 TEST_F(CheckTest, SameView) {

@@ -39,7 +39,7 @@ void swap_blocks(const ConstTensorView& src, const TensorView& dst, int block_di
 
 /// Copies blocks inside each cache (copy-on-write of beam search), the same moves for every cache.
 /// `block_dim` as above. Moves apply in order. An empty list of caches or moves is no error.
-/// @throws InvalidArgument (index out of range), before any write.
+/// @throws InvalidArgument (index out of range, caches that share memory), before any write.
 void copy_blocks(std::span<const TensorView> caches, int block_dim,
                  std::span<const BlockMove> moves);
 
