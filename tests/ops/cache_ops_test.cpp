@@ -134,6 +134,16 @@ TEST(ReshapeAndCacheTest, WorkersAgreeWithTheSerialOrder) {
   }
 }
 
+// Large enough to write around the caches, with rows that start and end inside a line.
+TEST(ReshapeAndCacheTest, StreamedRowsAreTheSame) {
+  Rng rng(8);
+  SCOPED_TRACE(rng.trace());
+  for (const KvLayout layout : {KvLayout::nhd, KvLayout::hnd}) {
+    run_case({DType::bf16, layout, {2000, 3, 1000, 504, 8, 16}, false, 3}, rng);
+    run_case({DType::bf16, layout, {70000, 3, 8, 16, 8, 4}, false, 2}, rng);
+  }
+}
+
 TEST(ReshapeAndCacheTest, StridedRowsAndInterleavedCaches) {
   Rng rng(4);
   SCOPED_TRACE(rng.trace());
