@@ -55,11 +55,9 @@ std::int64_t Scheduler::blocks_for(std::int64_t tokens) const noexcept {
 
 void Scheduler::require_fits(const Request& request) const {
   if (pool_ != nullptr && blocks_for(request.kv_tokens()) > pool_->num_blocks()) {
-    throw OutOfBlocks(
-        blocks_for(request.kv_tokens()), pool_->num_blocks(),
-        fmt::format("request {} keeps {} tokens, the whole cache holds {} ({} blocks of {} tokens)",
-                    request.id, request.kv_tokens(), pool_->num_blocks() * config_.block_size,
-                    pool_->num_blocks(), config_.block_size));
+    throw OutOfBlocks(blocks_for(request.kv_tokens()), pool_->num_blocks(),
+                      fmt::format("request {} ({} tokens, the whole cache holds {})", request.id,
+                                  request.kv_tokens(), pool_->num_blocks() * config_.block_size));
   }
 }
 
