@@ -166,6 +166,33 @@ TEST(ReshapeAndCacheTest, StridedRowsAndInterleavedCaches) {
   expect_written(args.value_cache, zeros, args.value, slots);
 }
 
+TEST(ReshapeAndCacheTest, HeadsWithGapsOnOneSideOnly) {
+  Rng rng(9);
+  SCOPED_TRACE(rng.trace());
+  HostTensor wide(DType::f32, {4, 3, 24});  // heads of 8 with gaps of 16
+  wide.fill_normal(rng);
+  HostTensor dense_k(DType::f32, {2, 4, 3, 8});
+  HostTensor dense_v(DType::f32, {2, 4, 3, 8});
+  HostTensor zeros(DType::f32, {2, 4, 3, 8});
+  const std::vector<std::int64_t> slots = {7, 0, 5, 2};
+  const ConstTensorView slot_view(slots.data(), DType::i64, {4});
+  const ConstTensorView key = wide.view().slice(2, 0, 8);
+  const ConstTensorView value = wide.view().slice(2, 8, 8);
+  reshape_and_cache_flash({key, value, dense_k, dense_v, slot_view});
+  expect_written(dense_k, zeros, key, slots);
+  expect_written(dense_v, zeros, value, slots);
+
+  HostTensor dense(DType::f32, {4, 3, 8});
+  dense.fill_normal(rng);
+  HostTensor wide_cache(DType::f32, {2, 4, 3, 24});
+  const TensorView k_cache = wide_cache.view().slice(3, 0, 8);
+  const TensorView v_cache = wide_cache.view().slice(3, 16, 8);
+  reshape_and_cache_flash({dense, dense, k_cache, v_cache, slot_view});
+  expect_written(k_cache, zeros, dense, slots);
+  expect_written(v_cache, zeros, dense, slots);
+  expect_written(wide_cache.view().slice(3, 8, 8), zeros, dense, {});
+}
+
 TEST(ReshapeAndCacheTest, CopiesNanBits) {
   std::vector<std::uint16_t> key = {0x7F81, 0xFFC3, 0x7E01, 0x7C01, 1, 2, 3, 4};
   std::vector<std::uint16_t> value = key;
