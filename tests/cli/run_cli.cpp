@@ -19,7 +19,10 @@ CliResult run_cli(const std::string& arguments) {
   const int fd = mkstemp(err_path.data());
   if (fd < 0) throw std::runtime_error("cannot make a temporary file");
   close(fd);
-  const std::string command = std::string(ATTEND_CLI) + " " + arguments + " 2>" + err_path;
+  // On an emulated CPU the program must be emulated too.
+  const char* launcher = std::getenv("ATTEND_TEST_LAUNCHER");
+  const std::string command = std::string(launcher != nullptr ? launcher : "") + " " + ATTEND_CLI +
+                              " " + arguments + " 2>" + err_path;
   FILE* pipe = popen(command.c_str(), "r");
   if (pipe == nullptr) throw std::runtime_error("cannot run " + command);
   CliResult result;

@@ -145,7 +145,7 @@ TEST(SchedulerProperty, EveryStepReadsTheRightTokensAndEverythingIsDoneOnce) {
   testing::Rng rng(11);
   SCOPED_TRACE(rng.trace());
   std::int64_t preemptions = 0, hits = 0;
-  for (int i = 0; i < test::scaled(300, 40); ++i) {
+  for (int i = 0; i < testing::scaled(300, 40); ++i) {
     SCOPED_TRACE("workload " + std::to_string(i));
     const Workload w = random_workload(rng);
     Simulation simulation(w);
@@ -174,7 +174,7 @@ TEST(SchedulerProperty, EveryStepReadsTheRightTokensAndEverythingIsDoneOnce) {
 TEST(SchedulerProperty, SchedulingIsDeterministic) {
   testing::Rng rng(12);
   SCOPED_TRACE(rng.trace());
-  for (int i = 0; i < test::scaled(50, 10); ++i) {
+  for (int i = 0; i < testing::scaled(50, 10); ++i) {
     const Workload w = random_workload(rng);
     EXPECT_EQ(Simulation(w).run(), Simulation(w).run());
   }

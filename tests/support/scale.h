@@ -3,7 +3,7 @@
 #include <cstdlib>
 #include <string_view>
 
-namespace attend::test {
+namespace attend::testing {
 
 /// Size of a long test: `small` under ATTEND_TEST_SCALE=small, which the sanitizer and emulator
 /// gates set because everything is 10 to 50 times slower there; `full` otherwise.
@@ -12,4 +12,4 @@ inline int scaled(int full, int small) {
   return scale != nullptr && std::string_view(scale) == "small" ? small : full;
 }
 
-}  // namespace attend::test
+}  // namespace attend::testing
