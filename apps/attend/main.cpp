@@ -2,6 +2,7 @@
 #include <cstdio>
 #include <exception>
 #include <fstream>
+#include <string>
 
 #include "attend/core/error.h"
 #include "cli.h"
@@ -35,7 +36,9 @@ int main(int argc, char** argv) {
       "serving "
       "trace) or 'attend select --help' (which back end, and why)."};
   app.require_subcommand(1);
-  app.failure_message(CLI::FailureMessage::simple);
+  app.failure_message([](const CLI::App*, const CLI::Error& e) {
+    return std::string("attend: ") + e.what() + " (--help shows the options)\n";
+  });
 #define ATTEND_COMMAND(name) cli::add_##name(app);
 #include "commands.inc"
 #undef ATTEND_COMMAND

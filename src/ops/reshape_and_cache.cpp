@@ -4,6 +4,7 @@
 
 #include "attend/ops/cache.h"
 #include "core/check.h"
+#include "kernels/cpu/copy/stream_copy.h"
 
 namespace attend {
 namespace {
@@ -12,6 +13,10 @@ constexpr std::string_view kOp = "reshape_and_cache_flash";
 
 // Waking the workers costs as much as copying this much alone.
 constexpr std::int64_t kParallelBytes = 256 << 10;
+
+// More than the private caches of a few cores: the rows would leave them before attention reads
+// them.
+constexpr std::int64_t kStreamBytes = 8 << 20;
 
 void require_rows(std::string_view name, const ConstTensorView& rows) {
   check::tensor({kOp, name}, rows, 3, {DType::f32, DType::f16, DType::bf16});
@@ -63,7 +68,12 @@ std::span<const std::int64_t> validate(const ReshapeAndCacheFlashArgs& a) {
   return slots;
 }
 
+void copy_cached(std::byte* dst, const std::byte* src, std::size_t bytes) noexcept {
+  std::memcpy(dst, src, bytes);
+}
+
 // Copies heads [head_begin, head_end) of every row.
+template <auto kCopy>
 void write_heads(const ConstTensorView& rows, const TensorView& cache,
                  std::span<const std::int64_t> slots, std::int64_t head_begin,
                  std::int64_t head_end) noexcept {
@@ -85,8 +95,25 @@ void write_heads(const ConstTensorView& rows, const TensorView& cache,
     const auto* from = src + static_cast<std::int64_t>(t) * rows.strides[0] * item;
     auto* to = dst + (block * cache.strides[0] + offset * cache.strides[1]) * item;
     for (std::int64_t r = 0; r < runs; ++r) {
-      std::memcpy(to + r * cache.strides[2] * item, from + r * rows.strides[1] * item, run_bytes);
+      kCopy(to + r * cache.strides[2] * item, from + r * rows.strides[1] * item, run_bytes);
     }
+  }
+}
+
+// Writes part `part` of `parts`. Work is cut along (cache, head), never along rows: each worker
+// walks all rows in order and no two workers touch the same bytes, so that the later of two rows
+// with one slot wins as in a serial loop.
+template <auto kCopy>
+void write_part(const ReshapeAndCacheFlashArgs& a, std::span<const std::int64_t> slots,
+                std::int64_t part, std::int64_t parts) noexcept {
+  const std::int64_t heads = a.key.shape[1];
+  const std::int64_t begin = 2 * heads * part / parts;
+  const std::int64_t end = 2 * heads * (part + 1) / parts;
+  if (begin < heads) {
+    write_heads<kCopy>(a.key, a.key_cache, slots, begin, std::min(end, heads));
+  }
+  if (end > heads) {
+    write_heads<kCopy>(a.value, a.value_cache, slots, std::max(begin, heads) - heads, end - heads);
   }
 }
 
@@ -94,29 +121,23 @@ void write_heads(const ConstTensorView& rows, const TensorView& cache,
 
 void reshape_and_cache_flash(const ReshapeAndCacheFlashArgs& a, Executor* executor) {
   const auto slots = validate(a);
-  const std::int64_t heads = a.key.shape[1];
-  const std::int64_t row_bytes =
-      heads * (a.key.shape[2] + a.value.shape[2]) * static_cast<std::int64_t>(size_of(a.key.dtype));
+  const std::int64_t row_bytes = a.key.shape[1] * (a.key.shape[2] + a.value.shape[2]) *
+                                 static_cast<std::int64_t>(size_of(a.key.dtype));
   const std::int64_t bytes = static_cast<std::int64_t>(slots.size()) * row_bytes;
   if (bytes == 0) return;
-
-  // Work is cut along (cache, head), never along rows: each worker walks all rows in order and no
-  // two workers touch the same bytes, so that the later of two rows with one slot wins as in a
-  // serial loop.
-  const auto write = [&](std::int64_t part, std::int64_t parts) {
-    const std::int64_t begin = 2 * heads * part / parts;
-    const std::int64_t end = 2 * heads * (part + 1) / parts;
-    if (begin < heads) write_heads(a.key, a.key_cache, slots, begin, std::min(end, heads));
-    if (end > heads) {
-      write_heads(a.value, a.value_cache, slots, std::max(begin, heads) - heads, end - heads);
-    }
-  };
   if (bytes < kParallelBytes) {
-    write(0, 1);
+    write_part<copy_cached>(a, slots, 0, 1);
     return;
   }
   Executor& workers = executor != nullptr ? *executor : default_executor();
-  workers.run([&](int worker) { write(worker, workers.num_workers()); });
+  workers.run([&](int worker) {
+    if (bytes < kStreamBytes) {
+      write_part<copy_cached>(a, slots, worker, workers.num_workers());
+    } else {
+      write_part<cpu::stream_copy>(a, slots, worker, workers.num_workers());
+      cpu::stream_fence();
+    }
+  });
 }
 
 }  // namespace attend

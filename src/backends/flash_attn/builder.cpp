@@ -135,6 +135,7 @@ class FlashAttnBuilder final : public MetadataBuilder {
  private:
   AttentionPlan plan(const CommonMetadata& batch) const {
     AttentionPlanInput input;
+    input.op = kBuildOp.data();
     input.query_start_loc = batch.query_start_loc;
     input.seq_lens = batch.seq_lens;
     input.num_q_heads = config_.num_q_heads;

@@ -1,0 +1,187 @@
+// SPDX-License-Identifier: Apache-2.0
+// attend replay: serves a request trace and reports speed and correctness.
+#include "serving/replay.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <memory>
+#include <optional>
+#include <string>
+
+#include "attend/core/error.h"
+#include "attend/core/executor.h"
+#include "bench/ceilings.h"
+#include "cli.h"
+#include "progress.h"
+#include "replay_report.h"
+#include "serving/synthetic.h"
+#include "serving/trace.h"
+
+namespace attend::cli {
+namespace {
+
+struct ReplayOptions {
+  std::string trace;
+  std::string model = "llama-3.1-8b";
+  std::string dtype;
+  std::string kv_layout;
+  std::optional<std::int64_t> limit;
+  double scale_lengths = 1.0;
+  std::optional<int> threads;
+  std::string json_path;
+  serving::ReplayConfig config;  // the options that need no parsing go straight in
+};
+
+constexpr std::string_view kHelp = R"(
+TRACE is a file or 'synthetic'. The format shows in the first line:
+  azure     CSV with TIMESTAMP, ContextTokens, GeneratedTokens
+  mooncake  JSON lines with timestamp, input_length, output_length, hash_ids
+  lengths   CSV with num_prefill_tokens, num_decode_tokens
+'synthetic' needs no file: synthetic:requests=64,rate=4,prompt=512,output=64,spread=0.6,shared=128
+(median tokens, log-normal with that spread, after a system prompt of 'shared' tokens).
+
+Queries, keys and values are generated from the seed, so no model weights are needed and any row can
+be computed again: --check N recomputes N random rows in float64 without looking at the cache.
+
+What the numbers mean:
+  tokens/s     prompt and generated tokens of the trace over the time of all steps; generating the
+               inputs is not counted
+  step         one batch through scheduler, metadata builder and all layers
+  prefill      useful floating-point operations (visible query-key pairs only) per second
+  decode       bytes of keys and values per second that requests generating a token read
+               A step with both is divided in proportion to what each part would take at its
+               ceiling. Both ceilings are measured after the run, on this machine.
+  prefix hits  prompt tokens that were found in the cache and not computed
+  preemptions  requests that lost their blocks to older ones and were computed again
+
+Examples:
+  attend replay synthetic --check 100
+  attend replay trace.csv --model qwen3-32b --limit 200 --json result.json
+  attend replay trace.jsonl --scale-lengths 0.1 --num-blocks 2000 --check 200
+
+Exit code: 0 done, 1 a checked row was wrong, 2 bad option or trace.
+)";
+
+std::string footer() {
+  std::string text = std::string(kHelp) + "\nModels:\n";
+  for (const serving::ModelPreset& m : serving::model_presets()) {
+    text += fmt::format("  {:<14}{}\n", m.name, m.description);
+  }
+  return text;
+}
+
+void add_options(CLI::App& command, ReplayOptions& o) {
+  serving::ReplayConfig& c = o.config;
+  command.add_option("TRACE", o.trace, "Trace file, or synthetic[:key=value,...]")->required();
+  const auto option = [&](const char* name, auto& value, const char* help, const char* type) {
+    return command.add_option(name, value, help)->type_name(type);
+  };
+  option("--model", o.model, "Model preset, see below", "NAME")->capture_default_str();
+  option("--backend", c.backend, "auto or the name of a back end (attend backends)", "NAME")
+      ->capture_default_str();
+  option("--layers", c.num_layers, "Layers to run, each with its own cache", "N")
+      ->capture_default_str();
+  option("--limit", o.limit, "Only the first N requests", "N");
+  option("--scale-lengths", o.scale_lengths, "Multiply all lengths by X, down to one token", "X")
+      ->capture_default_str();
+  option("--max-num-batched-tokens", c.max_num_batched_tokens,
+         "Most query tokens in a step; longer prompts are cut", "N")
+      ->capture_default_str();
+  option("--max-num-seqs", c.max_num_seqs, "Most requests running at the same time", "N")
+      ->capture_default_str();
+  option("--block-size", c.block_size, "Tokens in a cache block; default 16", "N");
+  option("--num-blocks", c.num_blocks,
+         "Blocks in the cache; default: room for the whole trace within a quarter of the free "
+         "memory",
+         "N");
+  option("--dtype", o.dtype, "f32, f16 or bf16; default: the model's", "D");
+  option("--kv-cache-dtype", c.kv_cache_dtype, "Type of the cache; auto = --dtype", "D")
+      ->capture_default_str();
+  option("--kv-layout", o.kv_layout, "nhd or hnd; default: hnd unless the back end insists", "L");
+  option("--threads", o.threads, "Threads; default: the CPUs this process may use", "N");
+  option("--check", c.check_rows, "Recompute N random (step, token, head) rows in float64", "N")
+      ->capture_default_str();
+  option("--seed", c.seed, "Seed of values, checked rows and the synthetic trace", "S")
+      ->capture_default_str();
+  command.add_flag("--realtime", c.realtime,
+                   "Let requests arrive when the trace says, not all at once");
+  add_json_option(command, o.json_path);
+}
+
+template <typename T>
+std::optional<T> parse_choice(std::string_view name, const std::string& text,
+                              std::optional<T> (*parse)(std::string_view) noexcept,
+                              std::string_view expected) {
+  if (text.empty()) return std::nullopt;
+  const auto value = parse(text);
+  if (!value) throw InvalidArgument("replay", name, expected, fmt::format("'{}'", text));
+  return value;
+}
+
+serving::Trace load_trace(const ReplayOptions& o) {
+  serving::Trace trace =
+      serving::is_synthetic(o.trace)
+          ? serving::make_synthetic(serving::SyntheticConfig::parse(o.trace), o.config.seed)
+          : serving::read_trace(o.trace);
+  if (o.limit) serving::limit_requests(trace, *o.limit);
+  if (o.scale_lengths != 1.0) serving::scale_lengths(trace, o.scale_lengths);
+  return trace;
+}
+
+/// The ceilings of this machine now, over as much memory as the run's cache used in a layer.
+bench::Ceilings measure_ceilings(const serving::ReplayResult& result, Executor& executor) {
+  constexpr std::int64_t least = 64LL << 20, most = 1LL << 30;
+  constexpr double seconds_each = 0.3;
+  const auto bytes = std::clamp(result.peak_used_blocks * result.block_bytes, least, most);
+  return bench::measure_ceilings(executor, static_cast<std::size_t>(bytes), seconds_each);
+}
+
+void run(ReplayOptions o) {
+  serving::ReplayConfig& config = o.config;
+  const serving::ModelPreset& model = serving::find_model(o.model);
+  config.model = &model;
+  config.dtype = parse_choice("dtype", o.dtype, &parse_dtype, "f32, f16 or bf16");
+  config.kv_layout = parse_choice("kv-layout", o.kv_layout, &parse_kv_layout, "nhd or hnd");
+  std::unique_ptr<Executor> own_pool;
+  if (o.threads) own_pool = make_thread_pool(*o.threads);
+  config.executor = own_pool ? own_pool.get() : &default_executor();
+  const serving::Trace trace = load_trace(o);
+
+  Progress progress;
+  config.on_progress = [&](const serving::ReplayProgress& p) {
+    if (!progress.due()) return;
+    progress.update(p.fraction, fmt::format("{} of {} requests, {} steps, {} tokens, {:.0f} s",
+                                            p.finished_requests, p.requests, p.steps,
+                                            p.computed_tokens, p.seconds));
+  };
+  const serving::ReplayResult result = serving::replay(trace, config);
+  progress.clear();
+
+  const bench::Ceilings ceilings = measure_ceilings(result, *config.executor);
+  const ReplayReport report{
+      .trace = trace,
+      .model = model,
+      .num_layers = config.num_layers,
+      .threads = config.executor->num_workers(),
+      .result = result,
+      .ceilings = ceilings,
+      .speed = serving::measure_speed(result.steps, ceilings.fma_gflops, ceilings.read_gbps)};
+  // Standard output is the JSON's alone if the user asked for it there.
+  print_table(report, o.json_path == "-" ? stderr : stdout);
+  write_json(to_json(report), o.json_path);
+  if (result.check.failed > 0) throw Exit{kCheckFailed};
+}
+
+}  // namespace
+
+void add_replay(CLI::App& app) {
+  CLI::App* command = app.add_subcommand(
+      "replay", "Serve a request trace through the attention layer and report its speed");
+  const auto options = std::make_shared<ReplayOptions>();
+  add_options(*command, *options);
+  command->footer(footer());
+  command->callback([options] { run(*options); });
+}
+
+}  // namespace attend::cli

@@ -1,0 +1,91 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "serving/model_presets.h"
+
+#include <array>
+#include <bit>
+#include <cmath>
+
+#include "attend/core/error.h"
+
+namespace attend::serving {
+namespace {
+
+constexpr std::array kPresets = {
+    ModelPreset{.name = "llama-3.1-8b",
+                .description = "Llama 3.1 8B: grouped queries, 4 query heads per kv head",
+                .num_q_heads = 32,
+                .num_kv_heads = 8,
+                .head_dim = 128,
+                .num_layers = 32},
+    ModelPreset{.name = "qwen3-32b",
+                .description = "Qwen3 32B: grouped queries, 8 query heads per kv head",
+                .num_q_heads = 64,
+                .num_kv_heads = 8,
+                .head_dim = 128,
+                .num_layers = 64},
+    ModelPreset{.name = "gemma-2-9b",
+                .description = "Gemma 2 9B: head size 256, logits capped at 50, a window of 4096 "
+                               "keys in even layers",
+                .num_q_heads = 16,
+                .num_kv_heads = 8,
+                .head_dim = 256,
+                .num_layers = 42,
+                .scale = 0.0625F,
+                .softcap = 50.0F,
+                .sliding_window = 4096,
+                .window_period = 2},
+    ModelPreset{.name = "gpt-oss-20b",
+                .description = "gpt-oss 20B: head size 64, a window of 128 keys in even layers; "
+                               "attention sinks are left out",
+                .num_q_heads = 64,
+                .num_kv_heads = 8,
+                .head_dim = 64,
+                .num_layers = 24,
+                .sliding_window = 128,
+                .window_period = 2},
+    ModelPreset{.name = "bloom-7b",
+                .description = "BLOOM 7B: one kv head per query head, ALiBi position bias",
+                .num_q_heads = 32,
+                .num_kv_heads = 32,
+                .head_dim = 128,
+                .num_layers = 30,
+                .alibi = true},
+    ModelPreset{.name = "bert-base",
+                .description =
+                    "BERT base: encoder, every token sees the whole prompt; no cache, no "
+                    "generated tokens",
+                .num_q_heads = 12,
+                .num_kv_heads = 12,
+                .head_dim = 64,
+                .num_layers = 12,
+                .attn_type = AttentionType::encoder_only},
+};
+
+}  // namespace
+
+std::span<const ModelPreset> model_presets() noexcept { return kPresets; }
+
+const ModelPreset& find_model(std::string_view name) {
+  std::string valid;
+  for (const ModelPreset& m : kPresets) {
+    if (m.name == name) return m;
+    valid += valid.empty() ? "" : ", ";
+    valid += m.name;
+  }
+  throw InvalidArgument("replay", "model", "one of " + valid, "'" + std::string(name) + "'");
+}
+
+std::vector<float> alibi_slopes(int num_heads) {
+  if (num_heads < 1) {
+    throw InvalidArgument("alibi_slopes", "num_heads", ">= 1", std::to_string(num_heads));
+  }
+  const int base = static_cast<int>(std::bit_floor(static_cast<unsigned>(num_heads)));
+  std::vector<float> slopes;
+  for (int h = 0; h < num_heads; ++h) {
+    const double exponent = h < base ? -8.0 * (h + 1) / base : -4.0 * (2 * (h - base) + 1) / base;
+    slopes.push_back(static_cast<float>(std::exp2(exponent)));
+  }
+  return slopes;
+}
+
+}  // namespace attend::serving

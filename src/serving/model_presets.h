@@ -1,0 +1,45 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+#include <optional>
+#include <span>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "attend/backend/backend.h"
+
+namespace attend::serving {
+
+/// What attention needs to know about a model. Plain data: a new model is a new row.
+struct ModelPreset {
+  std::string_view name;
+  std::string_view description;
+  int num_q_heads = 0;
+  int num_kv_heads = 0;
+  int head_dim = 0;
+  int num_layers = 0;
+  DType dtype = DType::bf16;
+  std::optional<float> scale = std::nullopt;  ///< unset = 1 / sqrt(head_dim)
+  float softcap = 0.0F;                       ///< 0 = off
+  std::optional<int> sliding_window =
+      std::nullopt;       ///< keys visible in windowed layers, own included
+  int window_period = 1;  ///< layers 0, period, 2 * period, .. are windowed
+  bool alibi = false;     ///< slopes: alibi_slopes(num_q_heads)
+  AttentionType attn_type = AttentionType::decoder;
+
+  bool is_encoder() const noexcept { return attn_type == AttentionType::encoder_only; }
+  /// Window of one layer; unset = all keys.
+  std::optional<int> window_of(int layer) const noexcept {
+    return layer % window_period == 0 ? sliding_window : std::nullopt;
+  }
+};
+
+std::span<const ModelPreset> model_presets() noexcept;
+/// @throws InvalidArgument listing the valid names.
+const ModelPreset& find_model(std::string_view name);
+
+/// Slopes of the ALiBi paper for any number of heads: a geometric sequence for the largest power of
+/// two below, then every other element of the next finer sequence.
+std::vector<float> alibi_slopes(int num_heads);
+
+}  // namespace attend::serving

@@ -1,0 +1,80 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+#include <cstdint>
+#include <functional>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "attend/backend/backend.h"
+#include "serving/model_presets.h"
+#include "serving/row_check.h"
+#include "serving/scheduler.h"
+#include "serving/speed.h"
+#include "serving/trace.h"
+
+namespace attend::serving {
+
+/// How far a run is.
+struct ReplayProgress {
+  std::int64_t finished_requests = 0, requests = 0;
+  double fraction = 0;  ///< share of the trace's tokens that is behind, 0 .. 1
+  std::int64_t computed_tokens = 0;
+  std::int64_t steps = 0;
+  double seconds = 0;  ///< wall clock
+};
+
+struct ReplayConfig {
+  const ModelPreset* model = nullptr;
+  std::string backend = "auto";
+  int num_layers = 1;
+  std::optional<DType> dtype;  ///< unset = the model's
+  std::string kv_cache_dtype = "auto";
+  std::optional<KvLayout> kv_layout;       ///< unset = what the back end insists on, else HND
+  std::optional<int> block_size;           ///< unset = 16, or what the back end supports
+  std::optional<std::int64_t> num_blocks;  ///< unset = default_num_blocks()
+  int max_num_batched_tokens = 2048;
+  int max_num_seqs = 256;
+  std::uint64_t seed = 0;
+  std::int64_t check_rows = 0;   ///< rows to recompute in float64
+  bool realtime = false;         ///< requests arrive when the trace says, by the wall clock
+  Executor* executor = nullptr;  ///< null = default_executor()
+  std::function<void(const ReplayProgress&)> on_progress;  ///< after every step
+  /// Sees each step's batch before it is used and may spoil it: how tests show that a wrong slot or
+  /// block is caught.
+  std::function<void(CommonMetadata&)> fault_injection;
+};
+
+struct ReplayResult {
+  std::string backend;
+  DType dtype = DType::bf16;
+  KvLayout kv_layout = KvLayout::hnd;
+  std::int64_t num_blocks = 0;  ///< 0 without a cache
+  int block_size = 0;
+  std::int64_t peak_used_blocks = 0;
+  std::int64_t block_bytes = 0;  ///< of one block in one layer
+  std::int64_t requests = 0;
+  std::int64_t prompt_tokens = 0;
+  SchedulerCounters counters;
+  std::vector<StepRecord> steps;
+  CheckSummary check;
+
+  /// Sum of the steps' times.
+  double step_seconds() const noexcept;
+  /// Prompt and generated tokens of the trace per second of step time; prompt tokens found in the
+  /// cache count, recomputed ones do not count again.
+  double tokens_per_second() const noexcept;
+};
+
+/// Blocks for a cache that holds the whole trace at once, or as many as fit a quarter of the
+/// available memory.
+std::int64_t default_num_blocks(const Trace& trace, int block_size, std::int64_t block_bytes,
+                                int num_layers);
+
+/// Serves a trace: scheduler, block pool, metadata builder and impl, with generated queries, keys
+/// and values.
+/// @throws InvalidArgument, Unsupported (no back end fits), OutOfBlocks (a request larger than the
+/// cache; before the first step).
+ReplayResult replay(const Trace& trace, const ReplayConfig& config);
+
+}  // namespace attend::serving

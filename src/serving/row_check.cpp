@@ -1,0 +1,165 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "serving/row_check.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <limits>
+
+#include "attend/oracle/attention.h"
+
+namespace attend::serving {
+namespace {
+
+/// One head's rows of a kind (keys or values), regenerated one position at a time.
+class RegeneratedRows {
+ public:
+  RegeneratedRows(const SampledRow& row, int kv_head, ValueKind kind, int head_dim,
+                  const ValueGenerator& generator)
+      : row_(row),
+        kv_head_(kv_head),
+        kind_(kind),
+        generator_(generator),
+        values_(static_cast<std::size_t>(head_dim)) {}
+
+  double operator()(std::int64_t j, int d) {
+    if (j != position_) {
+      position_ = j;
+      generator_.fill_f32({content_id(*row_.request, j), j, row_.layer, kv_head_, kind_},
+                          static_cast<int>(values_.size()), values_.data());
+    }
+    return values_[static_cast<std::size_t>(d)];
+  }
+
+ private:
+  const SampledRow& row_;
+  int kv_head_;
+  ValueKind kind_;
+  const ValueGenerator& generator_;
+  std::int64_t position_ = -1;
+  std::vector<float> values_;
+};
+
+oracle::RowResult recompute(const SampledRow& row, const ModelPreset& model,
+                            const ValueGenerator& generator) {
+  std::vector<float> query(static_cast<std::size_t>(model.head_dim));
+  generator.fill_f32(
+      {own_content_id(*row.request), row.position, row.layer, row.head, ValueKind::query},
+      model.head_dim, query.data());
+  const int kv_head = row.head / (model.num_q_heads / model.num_kv_heads);
+  RegeneratedRows keys(row, kv_head, ValueKind::key, model.head_dim, generator);
+  RegeneratedRows values(row, kv_head, ValueKind::value, model.head_dim, generator);
+
+  oracle::RowProblem p;
+  p.head_dim_qk = p.head_dim_v = model.head_dim;
+  p.position = row.position;
+  p.num_keys = row.num_keys;
+  p.scale = model.scale ? static_cast<double>(*model.scale) : 1.0 / std::sqrt(model.head_dim);
+  p.causal = !model.is_encoder();
+  if (const auto window = model.window_of(row.layer)) {
+    p.window_left = *window - 1;
+    p.window_right = p.causal ? 0 : *window - 1;
+  }
+  p.softcap = model.softcap;
+  if (model.alibi) {
+    p.alibi_slope = alibi_slopes(model.num_q_heads)[static_cast<std::size_t>(row.head)];
+  }
+  p.q = [&](int d) { return static_cast<double>(query[static_cast<std::size_t>(d)]); };
+  p.k = [&](std::int64_t j, int d) { return keys(j, d); };
+  p.v = [&](std::int64_t j, int d) { return values(j, d); };
+  return oracle::attention_row(p);
+}
+
+struct RowOutcome {
+  double worst_error = 0.0;
+  double worst_ratio = 0.0;
+  std::string where;  // the element with the worst ratio
+};
+
+/// |got - want| / bound; infinite if they differ although the bound is 0 or if got is NaN.
+double ratio_to_bound(double got, double want, double bound) {
+  if (got == want) return 0.0;  // infinities of the same sign too
+  const double ratio = std::abs(got - want) / bound;
+  return std::isnan(ratio) ? std::numeric_limits<double>::infinity() : ratio;
+}
+
+RowOutcome compare(const SampledRow& row, const ModelPreset& model,
+                   const ValueGenerator& generator) {
+  const oracle::RowResult want = recompute(row, model, generator);
+  RowOutcome outcome;
+  const auto note = [&](double got, double reference, double bound, std::string_view what) {
+    const double ratio = ratio_to_bound(got, reference, bound);
+    if (ratio <= outcome.worst_ratio) return;
+    outcome.worst_ratio = ratio;
+    outcome.where = fmt::format("{} is {}, expected {} +- {:.3g}", what, got, reference, bound);
+  };
+  for (int d = 0; d < model.head_dim; ++d) {
+    const auto i = static_cast<std::size_t>(d);
+    const double got = row.out[i];
+    const double error = std::abs(got - want.out[i]);
+    outcome.worst_error = std::max(
+        outcome.worst_error, std::isnan(error) ? std::numeric_limits<double>::infinity() : error);
+    note(got, want.out[i], oracle::out_error_bound(want, d, model.head_dim, generator.dtype()),
+         fmt::format("out[{}]", d));
+  }
+  note(row.lse, want.lse, oracle::lse_error_bound(want, model.head_dim), "lse");
+  return outcome;
+}
+
+}  // namespace
+
+ReservoirSampler::ReservoirSampler(std::int64_t capacity, std::uint64_t seed)
+    : capacity_(capacity), state_(mix64(seed ^ 0x726573657276ULL)) {
+  if (capacity_ <= 0) next_ = std::numeric_limits<std::int64_t>::max();
+}
+
+double ReservoirSampler::uniform() {
+  state_ += 0x9e3779b97f4a7c15ULL;
+  return (static_cast<double>(mix64(state_) >> 11) + 0.5) * 0x1p-53;
+}
+
+void ReservoirSampler::skip() {
+  weight_ *= std::exp(std::log(uniform()) / static_cast<double>(capacity_));
+  const double gap = std::floor(std::log(uniform()) / std::log1p(-weight_));
+  constexpr double most = 1e18;  // the stream never gets that long
+  next_ += 1 + static_cast<std::int64_t>(std::min(gap, most));
+}
+
+std::int64_t ReservoirSampler::choose_slot() {
+  const std::int64_t item = next_;
+  if (item + 1 < capacity_) {
+    ++next_;
+    return item;
+  }
+  skip();
+  if (item < capacity_) return item;
+  const auto slot = static_cast<std::int64_t>(uniform() * static_cast<double>(capacity_));
+  return std::min(slot, capacity_ - 1);
+}
+
+CheckSummary check_rows(const std::vector<SampledRow>& rows, const ModelPreset& model,
+                        const ValueGenerator& generator, Executor& executor) {
+  std::vector<RowOutcome> outcomes(rows.size());
+  std::atomic<std::size_t> next{0};
+  executor.run([&](int) {
+    for (std::size_t i = next++; i < rows.size(); i = next++) {
+      outcomes[i] = compare(rows[i], model, generator);
+    }
+  });
+  CheckSummary summary;
+  summary.rows = static_cast<std::int64_t>(rows.size());
+  for (std::size_t i = 0; i < rows.size(); ++i) {
+    summary.worst_error = std::max(summary.worst_error, outcomes[i].worst_error);
+    summary.worst_ratio_to_bound = std::max(summary.worst_ratio_to_bound, outcomes[i].worst_ratio);
+    if (outcomes[i].worst_ratio <= 1.0) continue;
+    ++summary.failed;
+    summary.failures.push_back(fmt::format("request {} position {} layer {} head {} (step {}): {}",
+                                           rows[i].request->id, rows[i].position, rows[i].layer,
+                                           rows[i].head, rows[i].step, outcomes[i].where));
+  }
+  return summary;
+}
+
+}  // namespace attend::serving

@@ -1,0 +1,67 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "attend/core/executor.h"
+#include "serving/content.h"
+#include "serving/model_presets.h"
+
+namespace attend::serving {
+
+/// Chooses `capacity` of a stream of items whose number is not known before, each with the same
+/// chance, depending only on the seed (reservoir sampling with skips, "algorithm L").
+class ReservoirSampler {
+ public:
+  ReservoirSampler(std::int64_t capacity, std::uint64_t seed);
+
+  /// The next `count` items of the stream pass: calls take(offset, slot) for each one chosen, with
+  /// its offset in 0 .. count - 1 and the slot 0 .. capacity - 1 that it now holds.
+  template <typename Take>
+  void pass(std::int64_t count, Take&& take) {
+    while (next_ < seen_ + count) {
+      const std::int64_t item = next_;
+      take(item - seen_, choose_slot());
+    }
+    seen_ += count;
+  }
+
+ private:
+  std::int64_t choose_slot();
+  double uniform();
+  void skip();
+
+  std::int64_t capacity_;
+  std::uint64_t state_;
+  double weight_ = 1.0;
+  std::int64_t seen_ = 0;  // items passed
+  std::int64_t next_ = 0;  // index of the next chosen item
+};
+
+/// One (token, head) row as the kernel computed it.
+struct SampledRow {
+  const Request* request = nullptr;
+  std::int64_t step = 0;
+  std::int64_t position = 0;
+  std::int64_t num_keys = 0;  ///< keys of the request in that step
+  int layer = 0;
+  int head = 0;
+  std::vector<float> out;  ///< [head_dim]
+  float lse = 0.0F;
+};
+
+struct CheckSummary {
+  std::int64_t rows = 0;
+  std::int64_t failed = 0;
+  double worst_error = 0.0;           ///< largest |out - reference| of any element
+  double worst_ratio_to_bound = 0.0;  ///< of outputs and LSE, each over its own bound; <= 1 passes
+  std::vector<std::string> failures;  ///< one line each
+};
+
+/// Computes every row again in float64 from the generator, never from the cache, and compares
+/// against the oracle's error bounds.
+CheckSummary check_rows(const std::vector<SampledRow>& rows, const ModelPreset& model,
+                        const ValueGenerator& generator, Executor& executor);
+
+}  // namespace attend::serving

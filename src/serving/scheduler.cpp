@@ -1,0 +1,213 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "serving/scheduler.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <cassert>
+#include <utility>
+
+#include "attend/batch/split.h"
+#include "attend/core/error.h"
+#include "serving/content.h"
+
+namespace attend::serving {
+
+struct Scheduler::Sequence {
+  const Request* request = nullptr;
+  std::int64_t num_computed = 0;   // tokens in the cache; admission sets it
+  std::int64_t num_generated = 0;  // survives preemption: those tokens are known
+  int num_scheduled = 0;           // in the current step
+  bool admitted_before = false;
+  std::vector<std::int32_t> blocks;
+  std::vector<std::uint64_t> hashes;  // of full blocks, as far as they were needed
+
+  std::int64_t num_known() const { return request->prompt_tokens + num_generated; }
+  std::int64_t num_remaining() const { return num_known() - num_computed; }
+  bool is_decode() const { return num_computed > 0 && num_remaining() == 1; }
+
+  std::span<const std::uint64_t> hashes_of(std::int64_t count, int block_size) {
+    while (static_cast<std::int64_t>(hashes.size()) < count) {
+      const std::int64_t begin = static_cast<std::int64_t>(hashes.size()) * block_size;
+      const std::uint64_t parent = hashes.empty() ? 0 : hashes.back();
+      hashes.push_back(block_hash(parent, *request, begin, begin + block_size));
+    }
+    return std::span(hashes).first(static_cast<std::size_t>(count));
+  }
+};
+
+Scheduler::Scheduler(const SchedulerConfig& config, BlockPool* pool)
+    : config_(config), pool_(pool) {
+  const auto require_positive = [](std::string_view name, int value) {
+    if (value < 1) throw InvalidArgument("scheduler", name, ">= 1", std::to_string(value));
+  };
+  require_positive("max_num_batched_tokens", config.max_num_batched_tokens);
+  require_positive("max_num_seqs", config.max_num_seqs);
+  require_positive("block_size", config.block_size);
+  require_positive("decode_threshold", config.decode_threshold);
+}
+
+Scheduler::~Scheduler() = default;
+
+std::int64_t Scheduler::blocks_for(std::int64_t tokens) const noexcept {
+  return ceil_div(tokens, config_.block_size);
+}
+
+void Scheduler::require_fits(const Request& request) const {
+  if (pool_ != nullptr && blocks_for(request.kv_tokens()) > pool_->num_blocks()) {
+    throw OutOfBlocks(blocks_for(request.kv_tokens()), pool_->num_blocks(),
+                      fmt::format("request {} ({} tokens, the whole cache holds {})", request.id,
+                                  request.kv_tokens(), pool_->num_blocks() * config_.block_size));
+  }
+}
+
+void Scheduler::add(const Request& request) {
+  require_fits(request);
+  auto seq = std::make_unique<Sequence>();
+  seq->request = &request;
+  waiting_.push_back(std::move(seq));
+}
+
+const RequestBatch& Scheduler::schedule() {
+  assert(scheduled_.empty());
+  batch_ = {};
+  budget_ = config_.max_num_batched_tokens;
+  preempted_ = false;
+  continue_running(/*decodes=*/true);
+  continue_running(/*decodes=*/false);
+  // Admitting right after a preemption would only take the blocks that were just freed.
+  if (!preempted_) admit_waiting();
+  order_decodes_first();
+  return batch_;
+}
+
+void Scheduler::continue_running(bool decodes) {
+  for (std::size_t i = 0; i < running_.size() && budget_ > 0; ++i) {
+    Sequence& seq = *running_[i];
+    if (seq.num_scheduled > 0 || seq.is_decode() != decodes) continue;
+    const std::int64_t tokens = std::min(seq.num_remaining(), budget_);
+    if (!make_room(seq, tokens)) return;
+    schedule_tokens(seq, tokens);
+  }
+}
+
+bool Scheduler::make_room(Sequence& seq, std::int64_t tokens) {
+  const auto missing = [&] {
+    return blocks_for(seq.num_computed + tokens) - static_cast<std::int64_t>(seq.blocks.size());
+  };
+  while (missing() > pool_->num_free()) {
+    // A prompt is only left unfinished when the budget is used up, so it is always the one admitted
+    // last: the victim has no tokens in this step yet.
+    assert(running_.back()->num_scheduled == 0);
+    const bool self = running_.back().get() == &seq;
+    preempt_latest();
+    if (self) return false;
+  }
+  extend_blocks(seq, tokens);
+  return true;
+}
+
+void Scheduler::extend_blocks(Sequence& seq, std::int64_t tokens) {
+  const auto wanted = static_cast<std::size_t>(blocks_for(seq.num_computed + tokens));
+  while (seq.blocks.size() < wanted) seq.blocks.push_back(pool_->allocate().value());
+}
+
+void Scheduler::preempt_latest() {
+  auto victim = std::move(running_.back());
+  running_.pop_back();
+  pool_->release(victim->blocks);
+  victim->blocks.clear();
+  waiting_.push_front(std::move(victim));
+  ++counters_.preemptions;
+  preempted_ = true;
+}
+
+void Scheduler::admit_waiting() {
+  while (!waiting_.empty() && budget_ > 0 &&
+         static_cast<int>(running_.size()) < config_.max_num_seqs) {
+    if (!admit(*waiting_.front())) return;
+    running_.push_back(std::move(waiting_.front()));
+    waiting_.pop_front();
+  }
+}
+
+bool Scheduler::admit(Sequence& seq) {
+  if (pool_ == nullptr) {
+    const std::int64_t tokens = seq.num_remaining();
+    if (tokens > budget_ && batch_.num_tokens > 0) return false;
+    schedule_tokens(seq, tokens);
+    return true;
+  }
+  // The last known token is always computed: the next one is generated from its output.
+  const std::int64_t cacheable = (seq.num_known() - 1) / config_.block_size;
+  const auto hits = pool_->find_prefix(seq.hashes_of(cacheable, config_.block_size));
+  const auto num_hits = static_cast<std::int64_t>(hits.size());
+  const std::int64_t hit_tokens = num_hits * config_.block_size;
+  const std::int64_t tokens = std::min(seq.num_known() - hit_tokens, budget_);
+  const auto revived = std::count_if(hits.begin(), hits.end(),
+                                     [&](std::int32_t b) { return pool_->references(b) == 0; });
+  if (blocks_for(hit_tokens + tokens) - num_hits > pool_->num_free() - revived) return false;
+
+  for (const std::int32_t b : hits) pool_->share(b);
+  seq.blocks = hits;
+  seq.num_computed = hit_tokens;
+  if (!std::exchange(seq.admitted_before, true)) counters_.prefix_hit_tokens += hit_tokens;
+  extend_blocks(seq, tokens);
+  schedule_tokens(seq, tokens);
+  return true;
+}
+
+void Scheduler::schedule_tokens(Sequence& seq, std::int64_t tokens) {
+  seq.num_scheduled = static_cast<int>(tokens);
+  budget_ -= tokens;
+  batch_.num_tokens += seq.num_scheduled;
+  batch_.requests.push_back({seq.request, seq.num_computed, seq.num_scheduled, seq.blocks});
+  scheduled_.push_back(&seq);
+}
+
+void Scheduler::order_decodes_first() {
+  std::vector<ReorderRequest> rows;
+  rows.reserve(scheduled_.size());
+  for (const Sequence* seq : scheduled_) {
+    rows.push_back({seq->num_scheduled, static_cast<int>(seq->num_computed),
+                    static_cast<int>(seq->request->prompt_tokens)});
+  }
+  for (const auto& [a, b] : reorder_swaps(rows, config_.decode_threshold)) {
+    std::swap(scheduled_[static_cast<std::size_t>(a)], scheduled_[static_cast<std::size_t>(b)]);
+    std::swap(batch_.requests[static_cast<std::size_t>(a)],
+              batch_.requests[static_cast<std::size_t>(b)]);
+  }
+}
+
+void Scheduler::complete_step() {
+  for (Sequence* seq : std::exchange(scheduled_, {})) {
+    const std::int64_t before = seq->num_computed;
+    seq->num_computed += std::exchange(seq->num_scheduled, 0);
+    counters_.computed_tokens += seq->num_computed - before;
+    if (pool_ != nullptr) publish_full_blocks(*seq, before);
+    if (seq->num_remaining() > 0) continue;
+    const std::int64_t wanted = pool_ == nullptr ? 0 : seq->request->output_tokens;
+    if (wanted > 0) {
+      ++seq->num_generated;
+      ++counters_.generated_tokens;
+    }
+    if (seq->num_generated >= wanted) retire(*seq);
+  }
+}
+
+void Scheduler::publish_full_blocks(Sequence& seq, std::int64_t first_new_token) {
+  const std::int64_t full = seq.num_computed / config_.block_size;
+  const auto hashes = seq.hashes_of(full, config_.block_size);
+  for (std::int64_t b = first_new_token / config_.block_size; b < full; ++b) {
+    const auto i = static_cast<std::size_t>(b);
+    pool_->publish(seq.blocks[i], hashes[i]);
+  }
+}
+
+void Scheduler::retire(Sequence& seq) {
+  if (pool_ != nullptr) pool_->release(seq.blocks);
+  ++counters_.finished_requests;
+  std::erase_if(running_, [&](const auto& s) { return s.get() == &seq; });
+}
+
+}  // namespace attend::serving

@@ -1,0 +1,73 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+#include <cstdint>
+#include <optional>
+#include <vector>
+
+#include "attend/batch/common_metadata.h"
+#include "attend/core/executor.h"
+#include "attend/core/workspace.h"
+#include "serving/content.h"
+#include "serving/model_presets.h"
+#include "serving/scheduler.h"
+
+/// From a scheduled batch to what a back end is called with.
+namespace attend::serving {
+
+/// A batch's metadata together with the block table that it points to.
+struct StepMetadata {
+  CommonMetadata common;
+  std::vector<std::int32_t> block_table;  ///< [B, longest request's blocks]
+};
+
+/// `block_size` 0 = encoder: no blocks, no slots, every token sees the whole prompt.
+StepMetadata make_step_metadata(const RequestBatch& batch, int block_size);
+
+/// One query token of a step.
+struct StepToken {
+  const Request* request = nullptr;
+  std::uint64_t own_content = 0;  ///< of the query
+  std::uint64_t content = 0;      ///< of key and value: shared with other requests if the token is
+  std::int64_t position = 0;
+  std::int64_t num_keys = 0;  ///< keys of the request in this step
+};
+std::vector<StepToken> make_step_tokens(const RequestBatch& batch);
+
+/// Inputs and outputs of one layer's call, reused by all layers and steps.
+class StepTensors {
+ public:
+  StepTensors(const ModelPreset& model, DType dtype);
+  /// Makes room for `num_tokens` rows.
+  void resize(int num_tokens);
+  /// Generates queries, keys and values of a layer; poisons output and LSE with NaN, so that a row
+  /// which the kernel forgets shows.
+  void fill(const std::vector<StepToken>& tokens, int layer, const ValueGenerator& generator,
+            Executor& executor);
+
+  ConstTensorView query() const;
+  ConstTensorView key() const;
+  ConstTensorView value() const;
+  TensorView output() const;
+  TensorView lse() const;
+  /// Output row as float32 values.
+  std::vector<float> output_row(int token, int head) const;
+  float lse_value(int token, int head) const;
+
+ private:
+  TensorView view(const Buffer& buffer, int heads) const;
+
+  const ModelPreset& model_;
+  DType dtype_;
+  int num_tokens_ = 0;
+  Buffer query_, key_, value_, output_, lse_;
+};
+
+/// Useful work of a step in one layer.
+struct StepWork {
+  double prefill_flops = 0;  ///< 2 per multiply-add of q.k and p.v over visible pairs only
+  double decode_bytes = 0;   ///< keys and values that decode requests read
+};
+StepWork measure_work(const RequestBatch& batch, const ModelPreset& model, DType kv_dtype,
+                      std::optional<int> window);
+
+}  // namespace attend::serving

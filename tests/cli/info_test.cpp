@@ -1,0 +1,81 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <gmock/gmock.h>
+
+#include <cstdlib>
+#include <nlohmann/json.hpp>
+
+#include "attend/backend/selector.h"
+#include "attend/core/cpu.h"
+#include "cli/run_cli.h"
+
+namespace attend::testing {
+namespace {
+
+using ::testing::HasSubstr;
+
+std::vector<std::string> backend_names() {
+  std::vector<std::string> names;
+  for (const Backend* backend : backends()) names.emplace_back(backend->name());
+  return names;
+}
+
+TEST(InfoCommand, JsonHasTheStableKeys) {
+  const CliResult r = run_cli("info --json -");
+  ASSERT_EQ(r.exit_code, 0) << r.err;
+  const auto j = nlohmann::json::parse(r.out);
+  EXPECT_FALSE(j.at("version").get<std::string>().empty());
+  EXPECT_FALSE(j.at("compiler").get<std::string>().empty());
+  EXPECT_EQ(j.at("platform"), "cpu");
+  EXPECT_EQ(j.at("cpu").at("model"), cpu_info().model);
+  EXPECT_EQ(j.at("isa").at("available").size(), available_isa_levels().size());
+  EXPECT_EQ(j.at("isa").at("active"), to_string(active_isa()));
+  EXPECT_GE(j.at("cpus"), 1);
+  EXPECT_GE(j.at("threads"), 1);
+  EXPECT_EQ(j.at("backends"), backend_names());
+}
+
+TEST(InfoCommand, TextNamesTheBackends) {
+  const CliResult r = run_cli("info");
+  EXPECT_EQ(r.exit_code, 0);
+  EXPECT_THAT(r.out, HasSubstr("FLASH_ATTN"));
+  EXPECT_THAT(r.out, HasSubstr("threads"));
+}
+
+TEST(InfoCommand, EnvironmentDecidesThreadsAndIsa) {
+  ASSERT_EQ(setenv("ATTEND_NUM_THREADS", "3", 1), 0);
+  ASSERT_EQ(setenv("ATTEND_ISA", "scalar", 1), 0);
+  const auto j = nlohmann::json::parse(run_cli("info --json -").out);
+  ASSERT_EQ(setenv("ATTEND_ISA", "quantum", 1), 0);
+  const CliResult unknown = run_cli("info");
+  unsetenv("ATTEND_NUM_THREADS");
+  unsetenv("ATTEND_ISA");
+  EXPECT_EQ(j.at("threads"), 3);
+  EXPECT_EQ(j.at("isa").at("active"), "scalar");
+  EXPECT_EQ(unknown.exit_code, 2);
+  EXPECT_THAT(unknown.err, HasSubstr("quantum"));
+}
+
+TEST(BackendsCommand, ListsEveryBackendWithItsCapability) {
+  const CliResult r = run_cli("backends --json -");
+  ASSERT_EQ(r.exit_code, 0) << r.err;
+  const auto list = nlohmann::json::parse(r.out).at("backends");
+  ASSERT_EQ(list.size(), backends().size());
+  for (std::size_t i = 0; i < list.size(); ++i) {
+    const Backend& backend = *backends()[i];
+    EXPECT_EQ(list[i].at("name"), backend.name());
+    EXPECT_EQ(list[i].at("max_head_size"), backend.capability().max_head_size);
+    EXPECT_EQ(list[i].at("block_sizes"), backend.capability().block_sizes);
+    EXPECT_EQ(list[i].at("features").at("sink"), backend.capability().supports_sink);
+  }
+}
+
+TEST(BackendsCommand, TextShowsLimits) {
+  const CliResult r = run_cli("backends");
+  EXPECT_EQ(r.exit_code, 0);
+  EXPECT_THAT(r.out, HasSubstr("FLASH_ATTN\n"));
+  EXPECT_THAT(r.out, HasSubstr("f16, bf16, f32 (cpu only: f32)"));
+  EXPECT_THAT(r.out, HasSubstr("multiples of 8, at most 256"));
+}
+
+}  // namespace
+}  // namespace attend::testing

@@ -1,0 +1,75 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <gmock/gmock.h>
+
+#include <algorithm>
+#include <nlohmann/json.hpp>
+
+#include "cli/run_cli.h"
+
+namespace attend::testing {
+namespace {
+
+using ::testing::HasSubstr;
+using ::testing::StartsWith;
+
+TEST(SelectCommand, PrintsTheChoice) {
+  const CliResult r = run_cli("select --platform cuda:9.0 --head-size 128 --dtype f16");
+  EXPECT_EQ(r.exit_code, 0);
+  EXPECT_THAT(r.out, HasSubstr("choice      FLASH_ATTN\n"));
+  EXPECT_EQ(r.err, "");
+}
+
+TEST(SelectCommand, NothingFitsIsExitCode1WithEveryReason) {
+  const CliResult r = run_cli("select --platform cuda:7.5 --head-size 100 --sink");
+  EXPECT_EQ(r.exit_code, 1);
+  EXPECT_THAT(r.out, HasSubstr("choice      none fits\n"));
+  EXPECT_THAT(r.out,
+              HasSubstr("rejected    FLASH_ATTN\n"
+                        "            - head_size not supported: 100 (must be a multiple of 8, at "
+                        "most 256)\n"
+                        "            - attention sinks not supported\n"
+                        "            - compute capability not supported: 7.5 (must be at least "
+                        "8.0)\n"));
+}
+
+TEST(SelectCommand, EveryOptionReachesTheConfiguration) {
+  const CliResult r = run_cli(
+      "select --platform rocm:gfx942 --head-size 64 --dtype f16 --kv-cache-dtype fp8 "
+      "--block-size 32 --mla --sparse --sink --attn-type encoder --alibi-sqrt --non-causal "
+      "--batch-invariant --per-head-quant-scales --mm-prefix --kv-connector --json -");
+  EXPECT_EQ(r.exit_code, 1);
+  const auto j = nlohmann::json::parse(r.out);
+  EXPECT_EQ(j.at("config"), nlohmann::json::parse(R"({
+    "platform": "rocm:gfx942", "head_size": 64, "dtype": "f16", "kv_cache_dtype": "fp8",
+    "block_size": 32, "attn_type": "encoder", "use_mla": true, "use_sparse": true,
+    "has_sink": true, "use_alibi_sqrt": true, "use_non_causal": true, "batch_invariant": true,
+    "use_per_head_quant_scales": true, "use_mm_prefix": true, "use_kv_connector": true})"));
+  EXPECT_TRUE(j.at("backend").is_null());
+  EXPECT_TRUE(j.at("also_valid").is_array());
+  const auto& first = j.at("rejected").at(0);
+  EXPECT_FALSE(first.at("name").get<std::string>().empty());
+  EXPECT_THAT(first.at("reasons").get<std::vector<std::string>>(),
+              ::testing::Not(::testing::IsEmpty()));
+}
+
+TEST(SelectCommand, ExplicitBackendIsTheOnlyOneAsked) {
+  const CliResult named = run_cli("select --platform rocm:gfx942 --backend FLASH_ATTN --json -");
+  EXPECT_EQ(named.exit_code, 0);
+  EXPECT_EQ(nlohmann::json::parse(named.out).at("backend"), "FLASH_ATTN");
+  EXPECT_EQ(run_cli("select --platform rocm:gfx942").exit_code, 1);
+}
+
+TEST(SelectCommand, BadInputIsExitCode2AndOneLine) {
+  for (const char* arguments :
+       {"select --platform tpu", "select --dtype f7", "select --attn-type both",
+        "select --backend FLASHINFER", "select --head-size many", "select --nonsense",
+        "select --json /nonexistent/file"}) {
+    const CliResult r = run_cli(arguments);
+    EXPECT_EQ(r.exit_code, 2) << arguments;
+    EXPECT_THAT(r.err, StartsWith("attend: ")) << arguments;
+    EXPECT_EQ(std::count(r.err.begin(), r.err.end(), '\n'), 1) << arguments << "\n" << r.err;
+  }
+}
+
+}  // namespace
+}  // namespace attend::testing

@@ -1,0 +1,69 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "serving/model_presets.h"
+
+#include <gmock/gmock.h>
+
+#include <cmath>
+
+#include "attend/core/error.h"
+
+namespace attend::serving {
+namespace {
+
+using ::testing::HasSubstr;
+
+TEST(ModelPresets, EachIsFoundByItsNameAndIsWellFormed) {
+  for (const ModelPreset& m : model_presets()) {
+    SCOPED_TRACE(m.name);
+    EXPECT_EQ(&find_model(m.name), &m);
+    EXPECT_FALSE(m.description.empty());
+    EXPECT_EQ(m.num_q_heads % m.num_kv_heads, 0);
+    EXPECT_EQ(m.head_dim % 8, 0);
+    EXPECT_GE(m.num_layers, 1);
+    EXPECT_GE(m.window_period, 1);
+  }
+}
+
+TEST(ModelPresets, TheListOfTheCommandLine) {
+  for (const auto* name :
+       {"llama-3.1-8b", "qwen3-32b", "gemma-2-9b", "gpt-oss-20b", "bloom-7b", "bert-base"}) {
+    EXPECT_NO_THROW(find_model(name));
+  }
+}
+
+TEST(ModelPresets, AnUnknownNameListsTheValidOnes) {
+  try {
+    find_model("llama");
+    FAIL();
+  } catch (const InvalidArgument& e) {
+    for (const ModelPreset& m : model_presets()) {
+      EXPECT_THAT(e.what(), HasSubstr(std::string(m.name)));
+    }
+    EXPECT_THAT(e.what(), HasSubstr("'llama'"));
+  }
+}
+
+TEST(ModelPresets, WindowsAlternate) {
+  const ModelPreset& gemma = find_model("gemma-2-9b");
+  EXPECT_EQ(gemma.window_of(0), 4096);
+  EXPECT_EQ(gemma.window_of(1), std::nullopt);
+  EXPECT_EQ(gemma.window_of(2), 4096);
+  EXPECT_EQ(find_model("llama-3.1-8b").window_of(0), std::nullopt);
+}
+
+TEST(AlibiSlopes, PowerOfTwo) {
+  const auto slopes = alibi_slopes(8);
+  ASSERT_EQ(slopes.size(), 8U);
+  for (int h = 0; h < 8; ++h) EXPECT_FLOAT_EQ(slopes[h], std::exp2(-(h + 1.0F)));
+}
+
+TEST(AlibiSlopes, OtherNumbersInterleaveTheNextFinerSequence) {
+  const auto slopes = alibi_slopes(12);
+  ASSERT_EQ(slopes.size(), 12U);
+  for (int h = 0; h < 8; ++h) EXPECT_FLOAT_EQ(slopes[h], std::exp2(-(h + 1.0F)));
+  for (int h = 0; h < 4; ++h) EXPECT_FLOAT_EQ(slopes[8 + h], std::exp2(-0.5F * (2 * h + 1)));
+  EXPECT_THROW(alibi_slopes(0), InvalidArgument);
+}
+
+}  // namespace
+}  // namespace attend::serving

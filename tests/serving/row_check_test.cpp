@@ -1,0 +1,150 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "serving/row_check.h"
+
+#include <gmock/gmock.h>
+
+#include <cmath>
+#include <limits>
+
+namespace attend::serving {
+namespace {
+
+using ::testing::HasSubstr;
+
+std::vector<std::int64_t> sample(std::int64_t capacity, std::uint64_t seed,
+                                 const std::vector<std::int64_t>& portions) {
+  ReservoirSampler sampler(capacity, seed);
+  std::vector<std::int64_t> chosen;
+  std::int64_t base = 0;
+  for (const std::int64_t count : portions) {
+    sampler.pass(count, [&](std::int64_t offset, std::int64_t slot) {
+      EXPECT_GE(offset, 0);
+      EXPECT_LT(offset, count);
+      if (slot == static_cast<std::int64_t>(chosen.size())) chosen.emplace_back();
+      ASSERT_LT(slot, static_cast<std::int64_t>(chosen.size()));
+      chosen[static_cast<std::size_t>(slot)] = base + offset;
+    });
+    base += count;
+  }
+  return chosen;
+}
+
+TEST(ReservoirSampler, TakesEverythingFromAShortStream) {
+  EXPECT_EQ(sample(5, 1, {3}), (std::vector<std::int64_t>{0, 1, 2}));
+  EXPECT_EQ(sample(5, 1, {2, 0, 3}), (std::vector<std::int64_t>{0, 1, 2, 3, 4}));
+  EXPECT_TRUE(sample(0, 1, {100}).empty());
+}
+
+TEST(ReservoirSampler, DependsOnTheSeedAndNotOnThePortions) {
+  const auto whole = sample(10, 4, {1000});
+  EXPECT_EQ(whole, sample(10, 4, {1, 499, 0, 500}));
+  EXPECT_NE(whole, sample(10, 5, {1000}));
+}
+
+TEST(ReservoirSampler, EveryItemHasTheSameChance) {
+  constexpr int kItems = 50, kCapacity = 5, kRuns = 4000;
+  std::vector<int> counts(kItems);
+  for (std::uint64_t seed = 0; seed < kRuns; ++seed) {
+    for (const auto item : sample(kCapacity, seed, {kItems})) ++counts[item];
+  }
+  // 400 expected with a deviation of 19; five of them leave a chance of 1 in 35000 for 50 items.
+  for (int i = 0; i < kItems; ++i) EXPECT_NEAR(counts[i], 400, 95) << "item " << i;
+}
+
+/// A row of a model small enough to compute here by hand.
+class CheckRows : public ::testing::Test {
+ protected:
+  CheckRows() {
+    model_.num_q_heads = 4;
+    model_.num_kv_heads = 2;
+    model_.head_dim = 8;
+    request_.id = 3;
+    request_.prompt_tokens = 10;
+    request_.segments = {{5, 4}};
+    row_.request = &request_;
+    row_.step = 7;
+    row_.position = 6;
+    row_.num_keys = 10;
+    row_.layer = 1;
+    row_.head = 3;
+    attend();
+  }
+
+  std::vector<float> values(std::uint64_t content, std::int64_t p, int head, ValueKind kind) {
+    std::vector<float> v(8);
+    generator_.fill_f32({content, p, 1, head, kind}, 8, v.data());
+    return v;
+  }
+
+  void attend() {
+    const auto q = values(own_content_id(request_), 6, 3, ValueKind::query);
+    double sum = 0;
+    std::vector<double> out(8);
+    for (std::int64_t j = 0; j <= 6; ++j) {
+      const auto k = values(content_id(request_, j), j, 1, ValueKind::key);
+      const auto v = values(content_id(request_, j), j, 1, ValueKind::value);
+      double logit = 0;
+      for (int d = 0; d < 8; ++d) logit += static_cast<double>(q[d]) * k[d];
+      const double p = std::exp(logit / std::sqrt(8.0));
+      sum += p;
+      for (int d = 0; d < 8; ++d) out[d] += p * v[d];
+    }
+    for (const double x : out) row_.out.push_back(static_cast<float>(x / sum));
+    row_.lse = static_cast<float>(std::log(sum));
+  }
+
+  CheckSummary check(const SampledRow& row) {
+    return check_rows({row}, model_, generator_, *executor_);
+  }
+
+  ModelPreset model_;
+  Request request_;
+  ValueGenerator generator_{9, DType::f32};
+  SampledRow row_;
+  std::unique_ptr<Executor> executor_ = make_thread_pool(2);
+};
+
+TEST_F(CheckRows, PassesACorrectRow) {
+  const CheckSummary s = check(row_);
+  EXPECT_EQ(s.rows, 1);
+  EXPECT_EQ(s.failed, 0);
+  EXPECT_LE(s.worst_ratio_to_bound, 1.0);
+  EXPECT_LT(s.worst_error, 1e-6);
+}
+
+TEST_F(CheckRows, FailsAWrongElementAndSaysWhere) {
+  row_.out[5] += 1e-3F;
+  const CheckSummary s = check(row_);
+  EXPECT_EQ(s.failed, 1);
+  EXPECT_NEAR(s.worst_error, 1e-3, 1e-5);
+  ASSERT_EQ(s.failures.size(), 1U);
+  EXPECT_THAT(s.failures[0], HasSubstr("request 3 position 6 layer 1 head 3 (step 7): out[5] is"));
+}
+
+TEST_F(CheckRows, FailsAWrongLse) {
+  row_.lse += 1e-3F;
+  const CheckSummary s = check(row_);
+  EXPECT_EQ(s.failed, 1);
+  EXPECT_THAT(s.failures[0], HasSubstr("lse is"));
+}
+
+TEST_F(CheckRows, FailsNaN) {
+  SampledRow bad = row_;
+  bad.out[0] = std::numeric_limits<float>::quiet_NaN();
+  EXPECT_EQ(check(bad).failed, 1);
+  bad = row_;
+  bad.lse = std::numeric_limits<float>::quiet_NaN();
+  EXPECT_EQ(check(bad).failed, 1);
+}
+
+TEST_F(CheckRows, FailsARowOfAnotherHeadPositionOrLayer) {
+  for (const auto change : {0, 1, 2}) {
+    SampledRow bad = row_;
+    (change == 0 ? bad.head : bad.layer) -= change == 1 ? 0 : 1;
+    if (change == 1) bad.position -= 1;
+    EXPECT_EQ(check(bad).failed, 1) << change;
+  }
+}
+
+}  // namespace
+}  // namespace attend::serving

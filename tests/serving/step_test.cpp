@@ -1,0 +1,118 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "serving/step.h"
+
+#include <gmock/gmock.h>
+
+#include <cmath>
+
+#include "attend/core/float_types.h"
+
+namespace attend::serving {
+namespace {
+
+using ::testing::ElementsAre;
+
+/// A decode at position 20 and the first three tokens of a prompt, blocks of 16.
+struct TwoRequests {
+  Request decode, prefill;
+  std::vector<std::int32_t> decode_blocks = {5, 2}, prefill_blocks = {7};
+  RequestBatch batch;
+
+  TwoRequests() {
+    decode.id = 1;
+    decode.prompt_tokens = 20;
+    prefill.id = 2;
+    prefill.prompt_tokens = 9;
+    prefill.segments = {{77, 2}};
+    batch.requests = {{&decode, 20, 1, decode_blocks}, {&prefill, 0, 3, prefill_blocks}};
+    batch.num_tokens = 4;
+  }
+};
+
+TEST(StepMetadata, DescribesTheBatch) {
+  const TwoRequests two;
+  const StepMetadata step = make_step_metadata(two.batch, 16);
+  const CommonMetadata& m = step.common;
+  EXPECT_NO_THROW(m.validate(16));
+  EXPECT_THAT(m.query_start_loc, ElementsAre(0, 1, 4));
+  EXPECT_THAT(m.seq_lens, ElementsAre(21, 3));
+  EXPECT_THAT(m.slot_mapping, ElementsAre(2 * 16 + 4, 7 * 16, 7 * 16 + 1, 7 * 16 + 2));
+  EXPECT_THAT(m.positions, ElementsAre(20, 0, 1, 2));
+  EXPECT_THAT(m.is_prefilling, ElementsAre(0, 1));
+  EXPECT_THAT(m.logits_indices, ElementsAre(0, 3));
+  EXPECT_THAT(step.block_table, ElementsAre(5, 2, 7, -1));
+  EXPECT_TRUE(m.causal);
+  EXPECT_EQ(m.max_query_len, 3);
+  EXPECT_EQ(m.max_seq_len, 21);
+}
+
+TEST(StepMetadata, EncodersHaveNeitherBlocksNorSlots) {
+  TwoRequests two;
+  two.batch.requests = {{&two.prefill, 0, 9, {}}};
+  two.batch.num_tokens = 9;
+  const StepMetadata step = make_step_metadata(two.batch, 0);
+  EXPECT_FALSE(step.common.causal);
+  EXPECT_FALSE(step.common.block_table.defined());
+  EXPECT_TRUE(step.common.slot_mapping.empty());
+  EXPECT_NO_THROW(step.common.validate(0));
+}
+
+TEST(StepTensors, HoldTheGeneratedValuesAndPoisonedOutputs) {
+  const TwoRequests two;
+  ModelPreset model;
+  model.num_q_heads = 4;
+  model.num_kv_heads = 2;
+  model.head_dim = 8;
+  const ValueGenerator generator(3, DType::f32);
+  StepTensors tensors(model, DType::f32);
+  tensors.resize(4);
+  const auto executor = make_thread_pool(2);
+  tensors.fill(make_step_tokens(two.batch), 6, generator, *executor);
+
+  const auto expect_row = [&](const ConstTensorView& t, int token, int head, const RowKey& key) {
+    std::vector<float> want(8);
+    generator.fill_f32(key, 8, want.data());
+    const auto* got = t.select(0, token).select(0, head).as<float>();
+    EXPECT_TRUE(std::equal(want.begin(), want.end(), got)) << "token " << token << " head " << head;
+  };
+  const std::uint64_t own = own_content_id(two.prefill), shared = content_id(two.prefill, 1);
+  ASSERT_NE(own, shared);
+  expect_row(tensors.query(), 2, 3, {own, 1, 6, 3, ValueKind::query});
+  expect_row(tensors.key(), 2, 1, {shared, 1, 6, 1, ValueKind::key});
+  expect_row(tensors.value(), 2, 0, {shared, 1, 6, 0, ValueKind::value});
+  expect_row(tensors.key(), 3, 1, {own, 2, 6, 1, ValueKind::key});
+  expect_row(tensors.key(), 0, 0, {own_content_id(two.decode), 20, 6, 0, ValueKind::key});
+  for (const float v : tensors.output_row(3, 3)) EXPECT_TRUE(std::isnan(v));
+  EXPECT_TRUE(std::isnan(tensors.lse_value(3, 3)));
+}
+
+TEST(StepWork, CountsVisiblePairsAndBytes) {
+  TwoRequests two;
+  two.batch.requests[1].num_computed_tokens = 4;  // positions 4, 5, 6
+  ModelPreset model;
+  model.num_q_heads = 4;
+  model.num_kv_heads = 2;
+  model.head_dim = 8;
+  const StepWork all = measure_work(two.batch, model, DType::bf16, std::nullopt);
+  EXPECT_EQ(all.prefill_flops, (5 + 6 + 7) * 4 * 4 * 8);
+  EXPECT_EQ(all.decode_bytes, 21 * 2 * 2 * 8 * 2);
+  const StepWork windowed = measure_work(two.batch, model, DType::bf16, 6);
+  EXPECT_EQ(windowed.prefill_flops, (5 + 6 + 6) * 4 * 4 * 8);
+  EXPECT_EQ(windowed.decode_bytes, 6 * 2 * 2 * 8 * 2);
+  const StepWork tiny = measure_work(two.batch, model, DType::bf16, 1);
+  EXPECT_EQ(tiny.prefill_flops, 3 * 4 * 4 * 8);
+}
+
+TEST(StepWork, EncodersSeeTheWholePrompt) {
+  TwoRequests two;
+  two.batch.requests = {{&two.prefill, 0, 9, {}}};
+  ModelPreset model;
+  model.num_q_heads = model.num_kv_heads = 2;
+  model.head_dim = 8;
+  model.attn_type = AttentionType::encoder_only;
+  EXPECT_EQ(measure_work(two.batch, model, DType::bf16, std::nullopt).prefill_flops,
+            81 * 2 * 4 * 8);
+}
+
+}  // namespace
+}  // namespace attend::serving
