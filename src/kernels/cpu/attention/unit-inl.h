@@ -73,10 +73,12 @@ struct UnitRunner : UnitState<T> {
   /// Pointers for the keys of `range` of the piece at `base`; the other entries repeat the first,
   /// so that packing and prefetching never touch a row that no query sees.
   void point_rows(KeyRange range, int base) {
-    fill_rows(p, p.k_strides, p.k, u.request, u.kv_head, base + range.lo, base + range.hi,
-              next_k_rows + range.lo);
-    fill_rows(p, p.v_strides, p.v, u.request, u.kv_head, base + range.lo, base + range.hi,
-              next_v_rows + range.lo);
+    const HeadRows<T> k{static_cast<const T*>(p.k) + u.kv_head * p.k_strides.head, p.k_strides,
+                        u.request};
+    const HeadRows<T> v{static_cast<const T*>(p.v) + u.kv_head * p.v_strides.head, p.v_strides,
+                        u.request};
+    fill_rows(p, k, base + range.lo, base + range.hi, next_k_rows + range.lo);
+    fill_rows(p, v, base + range.lo, base + range.hi, next_v_rows + range.lo);
     const auto repeat = [&](int begin, int end) {
       for (int j = begin; j < end; ++j) {
         next_k_rows[j] = next_k_rows[range.lo];
@@ -161,26 +163,29 @@ struct UnitRunner : UnitState<T> {
     }
   }
 
+  RowSums row_probabilities(int r, float* sr, KeyRange span, int base) const {
+    const KeyRange visible{lo[r] - base, hi[r] - base};
+    if (p.softcap == 0.0F && p.alibi_slopes == nullptr)
+      return softmax_row<false>(sr, span, visible, {});
+    LogitTerms t{p.softcap * kLog2e, 0.0F,
+                 static_cast<float>(this->position(this->token(r)) - base)};
+    if (p.alibi_slopes != nullptr)
+      t.alibi_log2 =
+          kLog2e *
+          p.alibi_slopes[u.request * p.alibi_stride_request + this->head(r) * p.alibi_stride_head];
+    return softmax_row<true>(sr, span, visible, t);
+  }
+
   void probabilities(int begin, int end, int base) {
-    const bool extra = p.softcap > 0.0F || p.alibi_slopes != nullptr;
     for (int r0 = begin; r0 < end; r0 += Simd::kTileRows) {
       const int tile_end = r0 + Simd::kTileRows < end ? r0 + Simd::kTileRows : end;
       const KeyRange tile = piece_range(r0, tile_end, base);
-      const int from = tile.lo / 16 * 16;
-      const int to = static_cast<int>(plan::round_up(tile.hi, 16));
+      const KeyRange span{tile.lo / 16 * 16, static_cast<int>(plan::round_up(tile.hi, 16))};
       for (int r = r0; r < tile_end; ++r) {
-        float* sr = s + std::int64_t{r - begin} * kPieceSize;
-        if (!extra) {
-          softmax_row<false>(sr, from, to, lo[r] - base, hi[r] - base, {}, piece_m + r,
-                             piece_l + r);
-          continue;
-        }
-        LogitTerms t{p.softcap * kLog2e, 0.0F,
-                     static_cast<float>(this->position(this->token(r)) - base)};
-        if (p.alibi_slopes != nullptr)
-          t.alibi_log2 = kLog2e * p.alibi_slopes[u.request * p.alibi_stride_request +
-                                                 this->head(r) * p.alibi_stride_head];
-        softmax_row<true>(sr, from, to, lo[r] - base, hi[r] - base, t, piece_m + r, piece_l + r);
+        const RowSums sums =
+            row_probabilities(r, s + std::int64_t{r - begin} * kPieceSize, span, base);
+        piece_m[r] = sums.max;
+        piece_l[r] = sums.sum;
       }
     }
     const int tiles_end = begin + static_cast<int>(plan::round_up(end - begin, Simd::kTileRows));
