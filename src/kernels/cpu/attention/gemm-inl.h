@@ -127,16 +127,29 @@ struct PvRows {
   int ld;
   const float* keep;  // [R]
   const float* take;
+  float* parked = nullptr;  // like acc: sums of a tile whose keys come in several calls
+  bool first = true;        // the sums start at 0 instead of at parked
+  bool last = true;         // they are merged into acc instead of parked again
+
+  /// The same rows from column `col` on.
+  ATTEND_INLINE PvRows at(int col) const {
+    PvRows t = *this;
+    t.acc += col;
+    if (parked != nullptr) t.parked += col;
+    return t;
+  }
 };
 
-/// acc = acc * keep + (sum over keys [begin, end) of probs * values) * take, R rows, V vectors.
-/// Where keep is 0 the old accumulators are not read: before the first piece they hold anything.
+/// acc = acc * keep + (sum over keys [begin, end) of probs * values) * take, R rows, V vectors;
+/// keys of an earlier call come first in the sum. Where keep is 0 the old accumulators are not
+/// read: before the first piece they hold anything.
 template <int R, int V, typename Values, typename Prefetch>
 ATTEND_INLINE void pv_tile(const PvRows& t, const Values& values, int begin, int end,
                            Prefetch& prefetch) {
   Simd::F c[R][V];
   for (int r = 0; r < R; ++r)
-    for (int v = 0; v < V; ++v) c[r][v] = Simd::zero();
+    for (int v = 0; v < V; ++v)
+      c[r][v] = t.first ? Simd::zero() : Simd::load(t.parked + r * t.ld + v * Simd::kLanes);
   for (int j = begin; j < end; ++j) {
     prefetch.template pv_step<V>();
     Simd::F b[V];
@@ -145,6 +158,11 @@ ATTEND_INLINE void pv_tile(const PvRows& t, const Values& values, int begin, int
       const Simd::F a = Simd::set1(t.probs[r * kPieceSize + j]);
       for (int v = 0; v < V; ++v) c[r][v] = Simd::fma(a, b[v], c[r][v]);
     }
+  }
+  if (!t.last) {
+    for (int r = 0; r < R; ++r)
+      for (int v = 0; v < V; ++v) Simd::store(t.parked + r * t.ld + v * Simd::kLanes, c[r][v]);
+    return;
   }
   for (int r = 0; r < R; ++r) {
     const Simd::F keep = Simd::set1(t.keep[r]), take = Simd::set1(t.take[r]);

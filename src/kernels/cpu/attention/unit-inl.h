@@ -210,41 +210,54 @@ struct UnitRunner : UnitState<T> {
     constexpr int kStep = Simd::kTileVecs * Simd::kLanes;
     if (values_packed) {
       NoPrefetch none;
-      for (int c = 0; c < dv_padded; c += kStep, t.acc += kStep) {
+      for (int c = 0; c < dv_padded; c += kStep) {
         const float* panel =
             v_panels + std::int64_t{c / plan::kPanelCols} * kPieceSize * plan::kPanelCols;
-        pv_tile<R, Simd::kTileVecs>(t, PackedValues{panel + c % plan::kPanelCols}, tile.lo, tile.hi,
-                                    none);
+        pv_tile<R, Simd::kTileVecs>(t.at(c), PackedValues{panel + c % plan::kPanelCols}, tile.lo,
+                                    tile.hi, none);
       }
       return;
     }
+    // All columns of a few rows at a time: whole rows follow each other in memory, which is what
+    // hardware prefetchers like. The panels are free and hold the sums between two groups of rows.
     PrefetchRows<T> next = next_values;
+    t.parked = v_panels;
+    for (int from = tile.lo; from < tile.hi;) {
+      const int group_end = (from / plan::kPanelKeys + 1) * plan::kPanelKeys;
+      const int to = group_end < tile.hi ? group_end : tile.hi;
+      t.first = from == tile.lo;
+      t.last = to == tile.hi;
+      add_cached_values<R>(t, KeyRange{from, to}, next);
+      from = to;
+    }
+    next_values = next;
+  }
+
+  /// The columns of add_values for keys as they lie in the cache.
+  template <int R>
+  ATTEND_INLINE void add_cached_values(PvRows t, KeyRange keys, PrefetchRows<T>& next) {
+    constexpr int kStep = Simd::kTileVecs * Simd::kLanes;
+    const auto columns = [&](auto values) ATTEND_LAMBDA {
+      if constexpr (2 * R <= Simd::kTileRows)
+        for (; values.col + 2 * kStep <= p.head_dim_v; values.col += 2 * kStep)
+          pv_tile<R, 2 * Simd::kTileVecs>(t.at(values.col), values, keys.lo, keys.hi, next);
+      for (; values.col + kStep <= p.head_dim_v; values.col += kStep)
+        pv_tile<R, Simd::kTileVecs>(t.at(values.col), values, keys.lo, keys.hi, next);
+      return values.col;
+    };
     if constexpr (std::is_same_v<T, bf16>) {
       if (has_paired_columns<T>(rows, p.head_dim_v)) {
-        CachedPairs pairs{v_rows, 0};
-        if constexpr (2 * R <= Simd::kTileRows)
-          for (; pairs.col + 2 * kStep <= p.head_dim_v; pairs.col += 2 * kStep, t.acc += 2 * kStep)
-            pv_tile<R, 2 * Simd::kTileVecs>(t, pairs, tile.lo, tile.hi, next);
-        for (; pairs.col < p.head_dim_v; pairs.col += kStep, t.acc += kStep)
-          pv_tile<R, Simd::kTileVecs>(t, pairs, tile.lo, tile.hi, next);
-        next_values = next;
+        columns(CachedPairs{v_rows, 0});
         return;
       }
     }
-    CachedValues<T> values{v_rows, 0};
-    if constexpr (2 * R <= Simd::kTileRows)
-      for (; values.col + 2 * kStep <= p.head_dim_v; values.col += 2 * kStep, t.acc += 2 * kStep)
-        pv_tile<R, 2 * Simd::kTileVecs>(t, values, tile.lo, tile.hi, next);
-    for (; values.col + kStep <= p.head_dim_v; values.col += kStep, t.acc += kStep)
-      pv_tile<R, Simd::kTileVecs>(t, values, tile.lo, tile.hi, next);
-    for (; values.col + Simd::kLanes <= p.head_dim_v;
-         values.col += Simd::kLanes, t.acc += Simd::kLanes)
-      pv_tile<R, 1>(t, values, tile.lo, tile.hi, next);
+    CachedValues<T> rest{v_rows, columns(CachedValues<T>{v_rows, 0})};
+    for (; rest.col + Simd::kLanes <= p.head_dim_v; rest.col += Simd::kLanes)
+      pv_tile<R, 1>(t.at(rest.col), rest, keys.lo, keys.hi, next);
 #if ATTEND_HALF_VECTOR
-    if (values.col < p.head_dim_v)
-      pv_tile<R, 1>(t, CachedValuesHalf<T>{v_rows, values.col}, tile.lo, tile.hi, next);
+    if (rest.col < p.head_dim_v)
+      pv_tile<R, 1>(t.at(rest.col), CachedValuesHalf<T>{v_rows, rest.col}, keys.lo, keys.hi, next);
 #endif
-    next_values = next;
   }
 
   void outputs(int begin, int end, int base, KeyRange unit_range) {
