@@ -11,9 +11,13 @@
 namespace attend::testing {
 namespace {
 
-constexpr int kBatchesOnActiveLevel = 200;
-constexpr int kBatchesOnOtherLevels = 25;
-constexpr std::int64_t kProducts = 40'000'000;
+/// How many batches, and multiplications in each.
+struct Effort {
+  int batches;
+  std::int64_t products;
+};
+constexpr Effort kActiveLevel{200, 25'000'000};
+constexpr Effort kOtherLevels{25, 10'000'000};
 
 /// Every row of `got` against the reference run.
 void expect_same_bits(const BatchData& data, const SteppedBatch& reference, const SteppedBatch& got,
@@ -64,8 +68,8 @@ void run_at_random(Rng& rng, const BatchData& data, SteppedBatch& batch) {
 
 class OneBatch {
  public:
-  OneBatch(std::uint64_t seed, IsaLevel isa)
-      : rng_(seed), data_(rng_, random_steps_shape(rng_, kProducts, false)), reference_options_{} {
+  OneBatch(std::uint64_t seed, std::int64_t products, IsaLevel isa)
+      : rng_(seed), data_(rng_, random_steps_shape(rng_, products, false)), reference_options_{} {
     reference_options_.isa = isa;
     reference_options_.executor = &executor_of(1);
   }
@@ -136,10 +140,10 @@ class OneBatch {
 class SameBits : public ::testing::TestWithParam<IsaLevel> {};
 
 TEST_P(SameBits, WhateverTheBatchIs) {
-  const int batches = GetParam() == active_isa() ? kBatchesOnActiveLevel : kBatchesOnOtherLevels;
-  for (int i = 0; i < batches && !HasFailure(); ++i) {
+  const Effort effort = GetParam() == active_isa() ? kActiveLevel : kOtherLevels;
+  for (int i = 0; i < effort.batches && !HasFailure(); ++i) {
     SCOPED_TRACE("batch " + std::to_string(i));
-    OneBatch(static_cast<std::uint64_t>(1000 + i), GetParam()).check();
+    OneBatch(static_cast<std::uint64_t>(1000 + i), effort.products, GetParam()).check();
   }
 }
 
