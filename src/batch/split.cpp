@@ -93,7 +93,8 @@ std::vector<std::pair<int, int>> reorder_swaps(std::span<const ReorderRequest> r
     }
   }
   std::vector<std::size_t> movers = positions;
-  std::ranges::stable_sort(movers, {}, [&](std::size_t i) { return region[i]; });
+  // By row as well: requests of a region keep their order.
+  std::ranges::sort(movers, {}, [&](std::size_t i) { return std::pair(region[i], i); });
 
   std::vector<std::size_t> source(n);  // row that position i must get; itself if it stays
   for (std::size_t i = 0; i < n; ++i) source[i] = i;

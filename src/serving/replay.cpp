@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "serving/replay.h"
 
+#include <fmt/format.h>
+
 #include <algorithm>
 #include <chrono>
 #include <memory>
@@ -141,10 +143,20 @@ void Engine::choose_blocks() {
   KvCacheSpec one = cache_spec();
   one.num_blocks = 1;
   result_.block_bytes = cache_bytes(backend_.kv_cache_shape(one), one.dtype);
-  result_.num_blocks =
-      config_.num_blocks
-          ? *config_.num_blocks
-          : default_num_blocks(trace_, result_.block_size, result_.block_bytes, config_.num_layers);
+  if (config_.num_blocks) {
+    const std::int64_t most = available_memory_bytes() / (result_.block_bytes * config_.num_layers);
+    if (*config_.num_blocks > most) {
+      throw InvalidArgument(
+          "replay", "num-blocks",
+          fmt::format("at most {}, which fit the available memory ({} layers of {} bytes a block)",
+                      most, config_.num_layers, result_.block_bytes),
+          std::to_string(*config_.num_blocks));
+    }
+    result_.num_blocks = *config_.num_blocks;
+  } else {
+    result_.num_blocks =
+        default_num_blocks(trace_, result_.block_size, result_.block_bytes, config_.num_layers);
+  }
   pool_.emplace(result_.num_blocks);
 }
 

@@ -15,7 +15,7 @@ namespace attend::serving {
 
 struct Scheduler::Sequence {
   const Request* request = nullptr;
-  std::int64_t num_computed = 0;   // tokens in the cache
+  std::int64_t num_computed = 0;   // tokens in the cache; admission sets it
   std::int64_t num_generated = 0;  // survives preemption: those tokens are known
   int num_scheduled = 0;           // in the current step
   bool admitted_before = false;
@@ -55,11 +55,9 @@ std::int64_t Scheduler::blocks_for(std::int64_t tokens) const noexcept {
 
 void Scheduler::require_fits(const Request& request) const {
   if (pool_ != nullptr && blocks_for(request.kv_tokens()) > pool_->num_blocks()) {
-    throw OutOfBlocks(
-        blocks_for(request.kv_tokens()), pool_->num_blocks(),
-        fmt::format("request {} keeps {} tokens, the whole cache holds {} ({} blocks of {} tokens)",
-                    request.id, request.kv_tokens(), pool_->num_blocks() * config_.block_size,
-                    pool_->num_blocks(), config_.block_size));
+    throw OutOfBlocks(blocks_for(request.kv_tokens()), pool_->num_blocks(),
+                      fmt::format("request {} ({} tokens, the whole cache holds {})", request.id,
+                                  request.kv_tokens(), pool_->num_blocks() * config_.block_size));
   }
 }
 
@@ -119,7 +117,6 @@ void Scheduler::preempt_latest() {
   running_.pop_back();
   pool_->release(victim->blocks);
   victim->blocks.clear();
-  victim->num_computed = 0;
   waiting_.push_front(std::move(victim));
   ++counters_.preemptions;
   preempted_ = true;

@@ -4,6 +4,8 @@
 
 #include <gmock/gmock.h>
 
+#include <filesystem>
+
 #include "serving/synthetic.h"
 
 namespace attend::serving {
@@ -80,6 +82,21 @@ TEST(Replay, ChecksOutForEncoders) {
   EXPECT_EQ(r.check.failed, 0) << ::testing::PrintToString(r.check.failures);
   EXPECT_EQ(r.num_blocks, 0);
   EXPECT_EQ(r.counters.generated_tokens, 0);
+}
+
+TEST(Replay, PublicTracesCheckOut) {
+  const auto folder = std::filesystem::path(ATTEND_SOURCE_DIR) / "../shared/traces";
+  if (!std::filesystem::exists(folder)) GTEST_SKIP() << "no ../shared/traces";
+  const ModelPreset model = small_model();
+  for (const auto* file : {"azure_llm_2023_conv.csv", "mooncake_fast25_conversation_trace.jsonl"}) {
+    SCOPED_TRACE(file);
+    Trace trace = read_trace((folder / file).string());
+    limit_requests(trace, 12);
+    scale_lengths(trace, 0.05);
+    ReplayConfig config = small_config(model);
+    config.max_num_batched_tokens = 512;
+    expect_correct(trace, config);
+  }
 }
 
 TEST(Replay, SharesPrefixesAndSurvivesPreemption) {
@@ -176,6 +193,7 @@ TEST(Replay, RefusesBadSettings) {
   expect_refused([](ReplayConfig& c) { c.num_layers = 0; });
   expect_refused([](ReplayConfig& c) { c.num_blocks = 0; });
   expect_refused([](ReplayConfig& c) { c.num_blocks = 2; });
+  expect_refused([](ReplayConfig& c) { c.num_blocks = std::int64_t{1} << 40; });
   expect_refused([](ReplayConfig& c) { c.block_size = 10; });
   expect_refused([](ReplayConfig& c) { c.check_rows = -1; });
   expect_refused([](ReplayConfig& c) { c.max_num_batched_tokens = 0; });

@@ -126,7 +126,7 @@ TEST(Scheduler, ARequestLargerThanTheCacheNamesBothSizes) {
   } catch (const OutOfBlocks& e) {
     EXPECT_EQ(e.needed(), 5);
     EXPECT_EQ(e.capacity(), 4);
-    EXPECT_THAT(e.what(), HasSubstr("request 9 keeps 65 tokens, the whole cache holds 64"));
+    EXPECT_THAT(e.what(), HasSubstr("request 9 (65 tokens, the whole cache holds 64)"));
   }
   EXPECT_FALSE(s.has_work());
 }

@@ -56,18 +56,30 @@ class HostTensor {
 
   /// Normal values times `scale`, rounded to the tensor's type (f32, f16 or bf16).
   HostTensor& fill_normal(Rng& rng, float scale = 1.0F) {
+    return fill([&] { return scale * rng.normal(); });
+  }
+  /// Values in [low, high); cheaper than normal ones where their distribution does not matter.
+  HostTensor& fill_uniform(Rng& rng, float low = -1.0F, float high = 1.0F) {
+    return fill([&] { return rng.uniform(low, high); });
+  }
+  /// Each element from a call of `next`, rounded to the tensor's type.
+  template <typename Next>
+  HostTensor& fill(Next&& next) {
+    const auto fill_as = [&]<typename T>(std::span<T> values) {
+      for (T& v : values) v = from_f32<T>(next());
+    };
     switch (view_.dtype) {
       case DType::f32:
-        rng.fill_normal(as<float>(), scale);
+        fill_as(as<float>());
         break;
       case DType::f16:
-        rng.fill_normal(as<f16>(), scale);
+        fill_as(as<f16>());
         break;
       case DType::bf16:
-        rng.fill_normal(as<bf16>(), scale);
+        fill_as(as<bf16>());
         break;
       default:
-        throw std::logic_error("fill_normal: not a float tensor");
+        throw std::logic_error("fill: not a float tensor");
     }
     return *this;
   }

@@ -1,0 +1,61 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <gmock/gmock.h>
+
+#include <nlohmann/json.hpp>
+
+#include "cli/run_cli.h"
+
+namespace attend::testing {
+namespace {
+
+using ::testing::HasSubstr;
+
+const std::string kSmall = "replay synthetic:requests=4,prompt=40,output=5,shared=32 ";
+
+TEST(ReplayCommand, JsonHasTheStableKeysAndStandsAlone) {
+  const CliResult r = run_cli(kSmall + "--check 20 --threads 1 --max-num-seqs 2 --json -");
+  ASSERT_EQ(r.exit_code, 0) << r.err;
+  const auto j = nlohmann::json::parse(r.out);
+  EXPECT_EQ(j.at("requests"), 4);
+  for (const auto* key : {"prompt_tokens", "generated_tokens", "steps", "prefix_hit_tokens"}) {
+    EXPECT_GT(j.at(key), 0) << key;
+  }
+  EXPECT_EQ(j.at("preemptions"), 0);
+  for (const auto* key : {"num_blocks", "block_size", "peak_used_blocks"}) {
+    EXPECT_GT(j.at("kv_cache").at(key), 0) << key;
+  }
+  EXPECT_EQ(j.at("check").at("rows"), 20);
+  EXPECT_EQ(j.at("check").at("failed"), 0);
+  EXPECT_GT(j.at("check").at("worst_error"), 0);
+  EXPECT_LE(j.at("check").at("worst_ratio_to_bound"), 1);
+  for (const auto* key : {"tokens_per_second", "prefill_gflops", "prefill_share", "decode_gbps",
+                          "decode_share", "ceiling_gflops", "ceiling_gbps"}) {
+    EXPECT_TRUE(j.at("speed").at(key).is_number()) << key;
+  }
+  EXPECT_LE(j.at("step_ms").at("p50"), j.at("step_ms").at("p99"));
+  EXPECT_EQ(j.at("backend"), "FLASH_ATTN");
+  EXPECT_EQ(j.at("model"), "llama-3.1-8b");
+  EXPECT_TRUE(j.at("isa").is_string());
+  EXPECT_EQ(j.at("threads"), 1);
+}
+
+TEST(ReplayCommand, BadInputIsOneLineAndExitCodeTwo) {
+  for (const auto& [arguments, text] :
+       {std::pair<std::string, std::string>{"replay no/such/trace.csv", "no/such/trace.csv"},
+        {"replay synthetic:colour=red", "colour"},
+        {kSmall + "--model nobody", "llama-3.1-8b"},
+        {kSmall + "--num-blocks 1", "has 1"},
+        {kSmall + "--limit 0", "limit"},
+        {kSmall + "--scale-lengths -1", "scale-lengths"},
+        {kSmall + "--kv-layout xyz", "nhd or hnd"},
+        {kSmall + "--dtype xyz", "f32, f16 or bf16"}}) {
+    const CliResult r = run_cli(arguments);
+    EXPECT_EQ(r.exit_code, 2) << arguments;
+    EXPECT_THAT(r.err, HasSubstr(text)) << arguments;
+    EXPECT_EQ(std::count(r.err.begin(), r.err.end(), '\n'), 1) << r.err;
+    EXPECT_EQ(r.out, "") << arguments;
+  }
+}
+
+}  // namespace
+}  // namespace attend::testing
