@@ -3,9 +3,42 @@
 // ascending order (over the head dimension, over the keys): the order is what makes bits equal
 // between tiles of different heights. Included inside an ISA namespace.
 
+/// Rows that will be read soon, fetched into L2 a line at a time beside the arithmetic: hardware
+/// prefetchers do not follow a block table, and a burst of prefetches would only fill the line
+/// buffers.
+template <typename T>
+struct PrefetchRows {
+  const T* const* row;  // as many rows as a panel has keys
+  int head_dim;
+  int col = 0;
+  ATTEND_INLINE void line() {
+    __builtin_prefetch(*row + col, 0, 2);
+    col += 64 / static_cast<int>(sizeof(T));
+    if (col >= head_dim) {
+      col = 0;
+      ++row;
+    }
+  }
+  /// One step over the head dimension (QK): its share of the panel's lines.
+  ATTEND_INLINE void qk_step() {
+    for (int i = 0; i < static_cast<int>(sizeof(T)) * plan::kPanelKeys / 64; ++i) line();
+  }
+  /// One key of a tile of V vectors (PV): as many bytes as the tile reads.
+  template <int V>
+  ATTEND_INLINE void pv_step() {
+    for (int i = 0; i < V * Simd::kLanes * static_cast<int>(sizeof(T)) / 64; ++i) line();
+  }
+};
+struct NoPrefetch {
+  ATTEND_INLINE void qk_step() {}
+  template <int V>
+  ATTEND_INLINE void pv_step() {}
+};
+
 /// s[r * kPieceSize + j] = sum_d q[r * head_dim + d] * panel[d * kPanelKeys + j], R rows.
-template <int R>
-ATTEND_INLINE void qk_tile(const float* q, int head_dim, const float* panel, float* s) {
+template <int R, typename Prefetch>
+ATTEND_INLINE void qk_tile(const float* q, int head_dim, const float* panel, float* s,
+                           Prefetch prefetch) {
   constexpr int kStep = Simd::kTileVecs * Simd::kLanes;
   for (int j = 0; j < plan::kPanelKeys; j += kStep) {
     Simd::F c[R][Simd::kTileVecs];
@@ -13,6 +46,7 @@ ATTEND_INLINE void qk_tile(const float* q, int head_dim, const float* panel, flo
       for (int v = 0; v < Simd::kTileVecs; ++v) c[r][v] = Simd::zero();
     const float* b = panel + j;
     for (int d = 0; d < head_dim; ++d, b += plan::kPanelKeys) {
+      if (j == 0) prefetch.qk_step();
       Simd::F key[Simd::kTileVecs];
       for (int v = 0; v < Simd::kTileVecs; ++v) key[v] = Simd::load(b + v * Simd::kLanes);
       for (int r = 0; r < R; ++r) {
@@ -35,22 +69,35 @@ struct PackedValues {
   }
 };
 
-/// Value rows as they lie in the cache, from column `col` on. On the way the same columns of the
-/// next piece's keys are fetched into L2: hardware prefetchers do not follow a block table.
+/// Value rows as they lie in the cache, from column `col` on.
 template <typename T>
 struct CachedValues {
   const T* const* rows;
-  const T* const* ahead;  // null = nothing to prefetch
-  KeyRange ahead_range;
   int col;
   template <int V>
   ATTEND_INLINE Simd::F load(int j) const {
-    if (ahead != nullptr && V * Simd::kLanes * sizeof(T) % 64 == 0 && j >= ahead_range.lo &&
-        j < ahead_range.hi)
-      __builtin_prefetch(ahead[j] + col + V * Simd::kLanes, 0, 2);
     return Simd::widen(rows[j] + col + V * Simd::kLanes);
   }
 };
+
+/// The same for pairs of vectors with interleaved columns; `col` is a multiple of a pair.
+struct CachedPairs {
+  const bf16* const* rows;
+  int col;
+};
+template <int V>
+ATTEND_INLINE void load_values(const CachedPairs& values, int j, Simd::F* out) {
+  for (int v = 0; v < V; v += 2)
+    Simd::widen_pairs(values.rows[j] + values.col + v * Simd::kLanes, out + v, out + v + 1);
+}
+
+/// Whether accumulators of `rows` query rows have interleaved columns: bf16 values that are
+/// multiplied as they lie in the cache. Depends on nothing else, so that stored partials can be
+/// merged.
+template <typename T>
+constexpr bool has_paired_columns(int rows, int head_dim_v) {
+  return std::is_same_v<T, bf16> && rows <= Simd::kTileRows && head_dim_v % (2 * Simd::kLanes) == 0;
+}
 
 #if ATTEND_HALF_VECTOR
 /// The last 8 columns of a head size that is no multiple of the vector.
@@ -83,12 +130,15 @@ struct PvRows {
 };
 
 /// acc = acc * keep + (sum over keys [begin, end) of probs * values) * take, R rows, V vectors.
-template <int R, int V, typename Values>
-ATTEND_INLINE void pv_tile(const PvRows& t, const Values& values, int begin, int end) {
+/// Where keep is 0 the old accumulators are not read: before the first piece they hold anything.
+template <int R, int V, typename Values, typename Prefetch>
+ATTEND_INLINE void pv_tile(const PvRows& t, const Values& values, int begin, int end,
+                           Prefetch& prefetch) {
   Simd::F c[R][V];
   for (int r = 0; r < R; ++r)
     for (int v = 0; v < V; ++v) c[r][v] = Simd::zero();
   for (int j = begin; j < end; ++j) {
+    prefetch.template pv_step<V>();
     Simd::F b[V];
     load_values<V>(values, j, b);
     for (int r = 0; r < R; ++r) {
@@ -98,9 +148,14 @@ ATTEND_INLINE void pv_tile(const PvRows& t, const Values& values, int begin, int
   }
   for (int r = 0; r < R; ++r) {
     const Simd::F keep = Simd::set1(t.keep[r]), take = Simd::set1(t.take[r]);
+    float* at = t.acc + r * t.ld;
+    if (t.keep[r] == 0.0F) {
+      for (int v = 0; v < V; ++v) Simd::store(at + v * Simd::kLanes, Simd::mul(c[r][v], take));
+      continue;
+    }
     for (int v = 0; v < V; ++v) {
-      float* at = t.acc + r * t.ld + v * Simd::kLanes;
-      Simd::store(at, Simd::fma(Simd::load(at), keep, Simd::mul(c[r][v], take)));
+      const Simd::F old = Simd::load(at + v * Simd::kLanes);
+      Simd::store(at + v * Simd::kLanes, Simd::fma(old, keep, Simd::mul(c[r][v], take)));
     }
   }
 }
