@@ -16,7 +16,6 @@ struct UnitRunner : UnitState<T> {
   bool values_finite;
   bool values_scanned;
   bool has_next;  // the next_ pointers are set
-  PrefetchRows<T> next_values;
 
   void load_queries() {
     // With softcap the tile computes its argument, else the logit in log2 units.
@@ -124,15 +123,15 @@ struct UnitRunner : UnitState<T> {
   bool all_values_finite(KeyRange range) {
     if (values_scanned) return values_finite;
     bool bad = false;
-    for (int j = range.lo; j < range.hi; ++j)
-      for (int c = 0; c + 8 <= p.head_dim_v; c += 8)
-        for (int i = 0; i < 8; i += Simd::kLanes < 8 ? Simd::kLanes : 8) {
+    for (int j = range.lo; j < range.hi; ++j) {
 #if ATTEND_HALF_VECTOR
-          bad |= Simd::any_nonfinite(Simd::widen_half(v_rows[j] + c));
+      for (int c = 0; c < p.head_dim_v; c += 8)
+        bad |= Simd::any_nonfinite(Simd::widen_half(v_rows[j] + c));
 #else
-          bad |= Simd::any_nonfinite(Simd::widen(v_rows[j] + c + i));
+      for (int c = 0; c < p.head_dim_v; c += Simd::kLanes)
+        bad |= Simd::any_nonfinite(Simd::widen(v_rows[j] + c));
 #endif
-        }
+    }
     values_scanned = true;
     return values_finite = !bad;
   }
@@ -220,7 +219,7 @@ struct UnitRunner : UnitState<T> {
     }
     // All columns of a few rows at a time: whole rows follow each other in memory, which is what
     // hardware prefetchers like. The panels are free and hold the sums between two groups of rows.
-    PrefetchRows<T> next = next_values;
+    PrefetchRows<T> next{has_next ? next_v_rows : v_rows, p.head_dim_v};
     t.parked = v_panels;
     for (int from = tile.lo; from < tile.hi;) {
       const int group_end = (from / plan::kPanelKeys + 1) * plan::kPanelKeys;
@@ -230,7 +229,6 @@ struct UnitRunner : UnitState<T> {
       add_cached_values<R>(t, KeyRange{from, to}, next);
       from = to;
     }
-    next_values = next;
   }
 
   /// The columns of add_values for keys as they lie in the cache.
@@ -288,7 +286,6 @@ struct UnitRunner : UnitState<T> {
     const bool one_block = rows <= plan::kBlockRows;
     std::memset(packed_panel, 0, sizeof packed_panel);
     values_packed = values_scanned = false;
-    next_values = {has_next ? next_v_rows : v_rows, p.head_dim_v};
     for (int begin = 0; begin < rows; begin += plan::kBlockRows) {
       const int end = begin + plan::kBlockRows < rows ? begin + plan::kBlockRows : rows;
       logits(begin, end, base, !one_block);
