@@ -3,40 +3,37 @@
 // ascending order (over the head dimension, over the keys): the order is what makes bits equal
 // between tiles of different heights. Included inside an ISA namespace.
 
-/// Rows that will be read soon, fetched into L2 a line at a time beside the arithmetic: hardware
-/// prefetchers do not follow a block table, and a burst of prefetches would only fill the line
-/// buffers.
+/// Keys or dimensions of one unrolled step of the tiles' loops.
+inline constexpr int kUnroll = 4;
+
+/// Rows that will be read soon, fetched into L2 a few lines at a time beside the arithmetic:
+/// hardware prefetchers do not follow a block table, and a burst of prefetches would only fill the
+/// line buffers.
 template <typename T>
 struct PrefetchRows {
-  const T* const* row;  // as many rows as a panel has keys
+  const T* const* row;  // as many rows as the loop that fetches reads
   int head_dim;
   int col = 0;
-  ATTEND_INLINE void line() {
-    __builtin_prefetch(*row + col, 0, 2);
-    col += 64 / static_cast<int>(sizeof(T));
-    if (col >= head_dim) {
-      col = 0;
-      ++row;
-    }
-  }
-  /// One step over the head dimension (QK): its share of the panel's lines.
-  ATTEND_INLINE void qk_step() {
-    for (int i = 0; i < static_cast<int>(sizeof(T)) * plan::kPanelKeys / 64; ++i) line();
-  }
-  /// One key of a tile of V vectors (PV): as many bytes as the tile reads.
-  template <int V>
-  ATTEND_INLINE void pv_step() {
-    for (int i = 0; i < V * Simd::kLanes * static_cast<int>(sizeof(T)) / 64; ++i) line();
+  /// `kBytes` from here on, a multiple of 64; then the cursor moves on, to the next row at the end
+  /// of one. Runs over a row's end rather than splitting a step: prefetches never fault.
+  template <int kBytes>
+  ATTEND_INLINE void bytes() {
+    const char* at = reinterpret_cast<const char*>(*row + col);
+    for (int i = 0; i < kBytes; i += 64) __builtin_prefetch(at + i, 0, 2);
+    col += kBytes / static_cast<int>(sizeof(T));
+    const bool done = col >= head_dim;
+    col = done ? 0 : col;
+    row += done ? 1 : 0;
   }
 };
 struct NoPrefetch {
-  ATTEND_INLINE void qk_step() {}
-  template <int V>
-  ATTEND_INLINE void pv_step() {}
+  template <int kBytes>
+  ATTEND_INLINE void bytes() {}
 };
 
 /// s[r * kPieceSize + j] = sum_d q[r * head_dim + d] * panel[d * kPanelKeys + j], R rows.
-template <int R, typename Prefetch>
+/// Prefetches kBytesPerStep bytes each kUnroll dimensions.
+template <int R, int kBytesPerStep, typename Prefetch>
 ATTEND_INLINE void qk_tile(const float* q, int head_dim, const float* panel, float* s,
                            Prefetch prefetch) {
   constexpr int kStep = Simd::kTileVecs * Simd::kLanes;
@@ -45,13 +42,16 @@ ATTEND_INLINE void qk_tile(const float* q, int head_dim, const float* panel, flo
     for (int r = 0; r < R; ++r)
       for (int v = 0; v < Simd::kTileVecs; ++v) c[r][v] = Simd::zero();
     const float* b = panel + j;
-    for (int d = 0; d < head_dim; ++d, b += plan::kPanelKeys) {
-      if (j == 0) prefetch.qk_step();
-      Simd::F key[Simd::kTileVecs];
-      for (int v = 0; v < Simd::kTileVecs; ++v) key[v] = Simd::load(b + v * Simd::kLanes);
-      for (int r = 0; r < R; ++r) {
-        const Simd::F a = Simd::set1(q[r * head_dim + d]);
-        for (int v = 0; v < Simd::kTileVecs; ++v) c[r][v] = Simd::fma(a, key[v], c[r][v]);
+    for (int d = 0; d < head_dim; d += kUnroll, b += kUnroll * plan::kPanelKeys) {
+      if (j == 0) prefetch.template bytes<kBytesPerStep>();
+      for (int i = 0; i < kUnroll; ++i) {
+        Simd::F key[Simd::kTileVecs];
+        for (int v = 0; v < Simd::kTileVecs; ++v)
+          key[v] = Simd::load(b + i * plan::kPanelKeys + v * Simd::kLanes);
+        for (int r = 0; r < R; ++r) {
+          const Simd::F a = Simd::set1(q[r * head_dim + d + i]);
+          for (int v = 0; v < Simd::kTileVecs; ++v) c[r][v] = Simd::fma(a, key[v], c[r][v]);
+        }
       }
     }
     for (int r = 0; r < R; ++r)
@@ -62,6 +62,7 @@ ATTEND_INLINE void qk_tile(const float* q, int head_dim, const float* panel, flo
 
 /// Value rows widened and packed: panel[j * kPanelCols + c].
 struct PackedValues {
+  static constexpr int kBytesPerColumn = 0;  // not in the cache: nothing to prefetch
   const float* panel;
   template <int V>
   ATTEND_INLINE Simd::F load(int j) const {
@@ -72,6 +73,7 @@ struct PackedValues {
 /// Value rows as they lie in the cache, from column `col` on.
 template <typename T>
 struct CachedValues {
+  static constexpr int kBytesPerColumn = sizeof(T);
   const T* const* rows;
   int col;
   template <int V>
@@ -82,6 +84,7 @@ struct CachedValues {
 
 /// The same for pairs of vectors with interleaved columns; `col` is a multiple of a pair.
 struct CachedPairs {
+  static constexpr int kBytesPerColumn = sizeof(bf16);
   const bf16* const* rows;
   int col;
 };
@@ -103,6 +106,7 @@ constexpr bool has_paired_columns(int rows, int head_dim_v) {
 /// The last 8 columns of a head size that is no multiple of the vector.
 template <typename T>
 struct CachedValuesHalf {
+  static constexpr int kBytesPerColumn = 0;
   const T* const* rows;
   int col;
   template <int V>
@@ -150,15 +154,21 @@ ATTEND_INLINE void pv_tile(const PvRows& t, const Values& values, int begin, int
   for (int r = 0; r < R; ++r)
     for (int v = 0; v < V; ++v)
       c[r][v] = t.first ? Simd::zero() : Simd::load(t.parked + r * t.ld + v * Simd::kLanes);
-  for (int j = begin; j < end; ++j) {
-    prefetch.template pv_step<V>();
+  const auto add_key = [&](int j) ATTEND_LAMBDA {
     Simd::F b[V];
     load_values<V>(values, j, b);
     for (int r = 0; r < R; ++r) {
       const Simd::F a = Simd::set1(t.probs[r * kPieceSize + j]);
       for (int v = 0; v < V; ++v) c[r][v] = Simd::fma(a, b[v], c[r][v]);
     }
+  };
+  int j = begin;
+  for (; j + kUnroll <= end; j += kUnroll) {
+    // As many bytes as these keys' values take, in whole lines.
+    prefetch.template bytes<kUnroll * V * Simd::kLanes * Values::kBytesPerColumn / 64 * 64>();
+    for (int i = 0; i < kUnroll; ++i) add_key(j + i);
   }
+  for (; j < end; ++j) add_key(j);
   if (!t.last) {
     for (int r = 0; r < R; ++r)
       for (int v = 0; v < V; ++v) Simd::store(t.parked + r * t.ld + v * Simd::kLanes, c[r][v]);

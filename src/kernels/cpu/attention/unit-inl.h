@@ -153,9 +153,10 @@ struct UnitRunner : UnitState<T> {
           constexpr int kHeight = decltype(height)::value;
           if (fetch) {
             const PrefetchRows<T> next{next_k_rows + key_begin, p.head_dim_qk};
-            qk_tile<kHeight>(qr, p.head_dim_qk, keys, sr, next);
+            constexpr int kBytes = kUnroll * plan::kPanelKeys * static_cast<int>(sizeof(T));
+            qk_tile<kHeight, kBytes>(qr, p.head_dim_qk, keys, sr, next);
           } else {
-            qk_tile<kHeight>(qr, p.head_dim_qk, keys, sr, NoPrefetch{});
+            qk_tile<kHeight, 0>(qr, p.head_dim_qk, keys, sr, NoPrefetch{});
           }
         });
       }
