@@ -120,7 +120,7 @@ class Planner {
   std::int64_t cut_request(int r) {
     const auto i = static_cast<std::size_t>(r);
     const int query_len = p_.query_start_loc[i + 1] - p_.query_start_loc[i];
-    const int step = std::max(1, kUnitRows / group_);
+    const int step = std::max(1, unit_rows_ / group_);
     std::int64_t sum = 0;
     for (int begin = 0; begin < query_len; begin += step) {
       const int end = std::min(begin + step, query_len);
@@ -157,6 +157,7 @@ class Planner {
 
   AttentionPlan& p_;
   int group_;
+  int unit_rows_;
 };
 
 }  // namespace
