@@ -13,8 +13,8 @@ struct Ceilings {
   double fma_gflops = 0.0;       ///< float32 fused multiply-adds in registers, 2 operations each
   double bf16_dot_gflops = 0.0;  ///< vdpbf16ps, 4 operations a lane
   double int8_dot_gops = 0.0;    ///< vpdpbusd, 8 operations a lane
-  double read_gbps = 0.0;        ///< sequential read of `buffer_bytes`, 1e9 bytes a second
-  double lost_fraction = 0.0;    ///< time that other programs took from a spinning worker
+  double read_gbps = 0.0;  ///< sequential read of `buffer_bytes`, median pass, 1e9 bytes a second
+  double lost_fraction = 0.0;  ///< time that other programs took from a spinning worker
 };
 
 /// Above this lost_fraction a run is flagged as noisy.

@@ -14,6 +14,19 @@ constexpr std::string_view kOp = "flash_attn_varlen";
 
 bool is_paged(const FlashAttnVarlenArgs& a) { return a.block_table.defined(); }
 
+/// No written tensor may hold what tells where to read.
+void check_side_inputs(const FlashAttnVarlenArgs& a) {
+  for (const auto& [name, t] : {std::pair{"alibi_slopes", a.params.alibi_slopes},
+                                {"block_table", a.block_table},
+                                {"query_start_loc", a.query_start_loc},
+                                {"cu_seqlens_kv", a.cu_seqlens_kv},
+                                {"seq_lens", a.seq_lens}}) {
+    if (!t.defined()) continue;
+    check::no_overlap({kOp, "out"}, a.out, name, t);
+    if (a.lse.defined()) check::no_overlap({kOp, "lse"}, a.lse, name, t);
+  }
+}
+
 /// Everything that needs no plan.
 void check_tensors(const FlashAttnVarlenArgs& a) {
   ops::check_qkv(kOp, a.q, {"k", "v", a.k, a.v, is_paged(a)}, a.out, 3);
@@ -161,6 +174,7 @@ void check_planned(const FlashAttnVarlenArgs& a, const AttentionPlan& plan, Work
   } else {
     check_ragged(a, plan);
   }
+  check_side_inputs(a);
   ops::check_resources(kOp, plan, workspace, executor);
 }
 

@@ -94,6 +94,24 @@ RequestRows request_rows(const Args& a, std::int64_t r) {
   return {int_or(a.cache_seqlens, r, a.k_cache.shape[1]), int_or(a.cache_leftpad, r, 0), capacity};
 }
 
+/// No written tensor may hold what tells where or how to read.
+void check_side_inputs(const Args& a) {
+  for (const auto& [name, t] : {std::pair{"alibi_slopes", a.params.alibi_slopes},
+                                {"block_table", a.block_table},
+                                {"cache_seqlens", a.cache_seqlens},
+                                {"cache_batch_idx", a.cache_batch_idx},
+                                {"cache_leftpad", a.cache_leftpad},
+                                {"rotary_cos", a.rotary_cos},
+                                {"rotary_sin", a.rotary_sin}}) {
+    if (!t.defined()) continue;
+    check::no_overlap({kOp, "out"}, a.out, name, t);
+    if (a.lse.defined()) check::no_overlap({kOp, "lse"}, a.lse, name, t);
+    if (!appends(a)) continue;
+    check::no_overlap({kOp, "k_cache"}, a.k_cache, name, t);
+    check::no_overlap({kOp, "v_cache"}, a.v_cache, name, t);
+  }
+}
+
 void check_index_arrays(const Args& a) {
   const std::int64_t batch = a.q.shape[0];
   for (const auto& [name, t] : {std::pair{"cache_seqlens", a.cache_seqlens},
@@ -274,6 +292,7 @@ void flash_attn_with_kvcache(const Args& a, Executor* executor, std::optional<Is
     last_position = std::max(last_position, request_rows(a, r).cached + rotated - 1);
   }
   check_rotary(a, last_position);
+  check_side_inputs(a);
 
   const ops::RotaryTables tables{a.rotary_cos, a.rotary_sin, a.rotary_interleaved};
   const std::size_t q_bytes =

@@ -21,7 +21,7 @@ double num_pieces(const RowResult& r) {
 
 /// Absolute error of a logit, in natural units.
 double logit_error(const RowResult& r, int head_dim_qk) {
-  double error = (head_dim_qk + 6) * kUnit * r.logit_magnitude + 4 * kUnit * r.bias_magnitude;
+  double error = (head_dim_qk + 7) * kUnit * r.logit_magnitude + 4 * kUnit * r.bias_magnitude;
   if (r.softcap > 0.0) error += r.softcap * (kTanhError + 4 * kUnit);
   return error;
 }

@@ -11,9 +11,10 @@
 namespace attend {
 namespace {
 
-/// Rows of a prefill unit: large enough that packing K and V is cheap beside using them, small
-/// enough that a unit's state stays in L2.
-constexpr int kUnitRows = 512;
+/// Most rows of a prefill unit: large enough that packing K and V is cheap beside using them, small
+/// enough that a unit's state stays in L2. Fewer where the workers would not all get their units.
+constexpr int kMaxUnitRows = 1024;
+constexpr int kMinUnitRows = 192;
 /// Units that each worker should get at least, so that the dynamic order can balance them.
 constexpr int kUnitsPerWorker = 4;
 
@@ -94,7 +95,12 @@ PieceRange visible_pieces(const AttentionPlan& p, int r, int begin, int end) {
 
 class Planner {
  public:
-  explicit Planner(AttentionPlan& plan) : p_(plan), group_(plan.num_q_heads / plan.num_kv_heads) {}
+  explicit Planner(AttentionPlan& plan) : p_(plan), group_(plan.num_q_heads / plan.num_kv_heads) {
+    const std::int64_t rows = std::int64_t{plan.num_tokens()} * plan.num_q_heads;
+    const std::int64_t units = std::int64_t{kUnitsPerWorker} * plan.num_workers;
+    unit_rows_ =
+        static_cast<int>(std::clamp<std::int64_t>(rows / units, kMinUnitRows, kMaxUnitRows));
+  }
 
   void make_units() {
     std::int64_t total = 0;
@@ -120,7 +126,7 @@ class Planner {
   std::int64_t cut_request(int r) {
     const auto i = static_cast<std::size_t>(r);
     const int query_len = p_.query_start_loc[i + 1] - p_.query_start_loc[i];
-    const int step = std::max(1, kUnitRows / group_);
+    const int step = std::max(1, unit_rows_ / group_);
     std::int64_t sum = 0;
     for (int begin = 0; begin < query_len; begin += step) {
       const int end = std::min(begin + step, query_len);
@@ -157,6 +163,7 @@ class Planner {
 
   AttentionPlan& p_;
   int group_;
+  int unit_rows_;
 };
 
 }  // namespace

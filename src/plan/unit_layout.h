@@ -38,7 +38,7 @@ constexpr ScratchLayout scratch_layout(int max_unit_rows, int head_dim_qk, int h
     at += round_up(floats, 16);
     return here;
   };
-  l.q = take(std::int64_t{l.padded_rows} * head_dim_qk);
+  l.q = take(std::int64_t{l.padded_rows} * head_dim_qk + 8);
   l.s = take(std::int64_t{kBlockRows} * kPieceSize);
   l.acc = take(std::int64_t{l.padded_rows} * l.padded_dv);
   l.k_panels = take(std::int64_t{kPieceSize} * head_dim_qk);

@@ -72,14 +72,29 @@ struct Simd {
     return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   }
 
-  ATTEND_INLINE static __m128i to_bf16(F x) {
+  /// Rounded to nearest even in the upper half of each lane; the lower half holds rubbish.
+  ATTEND_INLINE static __m256i round_bf16(F x) {
     const __m256i bits = _mm256_castps_si256(x);
     const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-    __m256i r = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+    const __m256i r = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
     const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
-    r = _mm256_blendv_epi8(r, _mm256_or_si256(bits, _mm256_set1_epi32(0x400000)), nan);
-    r = _mm256_srli_epi32(r, 16);
+    return _mm256_blendv_epi8(r, _mm256_or_si256(bits, _mm256_set1_epi32(0x400000)), nan);
+  }
+  ATTEND_INLINE static __m128i to_bf16(F x) {
+    const __m256i r = _mm256_srli_epi32(round_bf16(x), 16);
     return _mm_packus_epi32(_mm256_castsi256_si128(r), _mm256_extracti128_si256(r, 1));
+  }
+  /// Interleaved columns: x[0], x[2].. and x[1], x[3].. of 16 values. Accumulators of such columns
+  /// are woven together again by narrow_pairs.
+  ATTEND_INLINE static void widen_pairs(const bf16* p, F* even, F* odd) {
+    const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    *even = _mm256_castsi256_ps(_mm256_slli_epi32(x, 16));
+    *odd = _mm256_castsi256_ps(_mm256_and_si256(x, _mm256_set1_epi32(-65536)));
+  }
+  ATTEND_INLINE static void narrow_pairs(bf16* p, F even, F odd) {
+    const __m256i low = _mm256_srli_epi32(round_bf16(even), 16);
+    const __m256i high = _mm256_and_si256(round_bf16(odd), _mm256_set1_epi32(-65536));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_or_si256(low, high));
   }
   ATTEND_INLINE static void narrow(float* p, F x) { _mm256_storeu_ps(p, x); }
   ATTEND_INLINE static void narrow(bf16* p, F x) {
@@ -90,15 +105,11 @@ struct Simd {
                      _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
   }
 
-  /// Prefetches `ahead` on the way.
-  /// panel[d * ld + lane] = rows[lane][d] for kLanes rows of head_dim elements (multiple of 8).
-  template <typename T>
-  ATTEND_INLINE static void pack_transposed(const T* const* rows, const T* const* ahead,
-                                            int head_dim, float* panel, int ld) {
+  /// panel[d * kLd + lane] = rows[lane][d] for kLanes rows of head_dim elements (multiple of 8).
+  template <int kLd, typename T>
+  ATTEND_INLINE static void pack_transposed(const T* const* rows, int head_dim, float* panel) {
     for (int d = 0; d < head_dim; d += 8) {
       F r[8], t[8];
-      if (d * sizeof(T) % 64 == 0)
-        for (int i = 0; i < 8; ++i) __builtin_prefetch(ahead[i] + d, 0, 2);
       for (int i = 0; i < 8; ++i) r[i] = widen(rows[i] + d);
       for (int i = 0; i < 4; ++i) {
         t[2 * i] = _mm256_unpacklo_ps(r[2 * i], r[2 * i + 1]);
@@ -111,8 +122,8 @@ struct Simd {
         r[4 * i + 3] = _mm256_shuffle_ps(t[4 * i + 1], t[4 * i + 3], 0xee);
       }
       for (int i = 0; i < 4; ++i) {
-        store(panel + (d + i) * ld, _mm256_permute2f128_ps(r[i], r[4 + i], 0x20));
-        store(panel + (d + 4 + i) * ld, _mm256_permute2f128_ps(r[i], r[4 + i], 0x31));
+        store(panel + (d + i) * kLd, _mm256_permute2f128_ps(r[i], r[4 + i], 0x20));
+        store(panel + (d + 4 + i) * kLd, _mm256_permute2f128_ps(r[i], r[4 + i], 0x31));
       }
     }
   }

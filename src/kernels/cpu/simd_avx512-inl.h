@@ -65,13 +65,16 @@ struct Simd {
         _mm256_zextsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
   }
 
-  ATTEND_INLINE static __m256i to_bf16(F x) {
+  /// Rounded to nearest even in the upper half of each lane; the lower half holds rubbish.
+  ATTEND_INLINE static __m512i round_bf16(F x) {
     const __m512i bits = _mm512_castps_si512(x);
     const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    __m512i r = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    const __m512i r = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
     const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
-    r = _mm512_mask_or_epi32(r, nan, bits, _mm512_set1_epi32(0x400000));
-    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(r, 16));
+    return _mm512_mask_or_epi32(r, nan, bits, _mm512_set1_epi32(0x400000));
+  }
+  ATTEND_INLINE static __m256i to_bf16(F x) {
+    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(round_bf16(x), 16));
   }
   ATTEND_INLINE static __m256i to_f16(F x) {
     return _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
@@ -91,65 +94,95 @@ struct Simd {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(to_f16(x)));
   }
 
-  /// Transposes 16 rows of 16 32-bit elements in registers.
-  ATTEND_INLINE static void transpose(__m512i (&r)[16]) {
-    __m512i t[16];
-    for (int i = 0; i < 8; ++i) {
-      t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
-      t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
-    }
+  /// Interleaved columns: x[0], x[2].. and x[1], x[3].. of 32 values, two shifts instead of four
+  /// conversions. Accumulators of such columns are woven together again by narrow_pairs.
+  ATTEND_INLINE static void widen_pairs(const bf16* p, F* even, F* odd) {
+    const __m512i x = _mm512_loadu_si512(p);
+    *even = _mm512_castsi512_ps(_mm512_slli_epi32(x, 16));
+    *odd = _mm512_castsi512_ps(_mm512_and_si512(x, _mm512_set1_epi32(-65536)));
+  }
+  ATTEND_INLINE static void narrow_pairs(bf16* p, F even, F odd) {
+    const __m512i low = _mm512_srli_epi32(round_bf16(even), 16);
+    const __m512i high = _mm512_and_si512(round_bf16(odd), _mm512_set1_epi32(-65536));
+    _mm512_storeu_si512(p, _mm512_or_si512(low, high));
+  }
+
+  /// 32 bytes of `low` and of `high`, one above the other.
+  ATTEND_INLINE static __m512i halves(const void* low, const void* high) {
+    return _mm512_inserti64x4(
+        _mm512_castsi256_si512(_mm256_loadu_si256(static_cast<const __m256i*>(low))),
+        _mm256_loadu_si256(static_cast<const __m256i*>(high)), 1);
+  }
+
+  /// Transposes 16 rows of 8 32-bit elements; row(i) points to row i. Rows 4 apart enter a register
+  /// together, so that two in-lane steps and one across lanes suffice.
+  template <typename Row>
+  ATTEND_INLINE static void transpose_16x8(const Row& row, __m512i (&out)[8]) {
+    __m512i r[8], t[8];
+#pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
-      r[4 * i] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
-      r[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
-      r[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
-      r[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
+      r[i] = halves(row(i), row(i + 4));
+      r[4 + i] = halves(row(i + 8), row(i + 12));
     }
-    for (int i = 0; i < 4; ++i) {
-      t[i] = _mm512_shuffle_i32x4(r[i], r[4 + i], 0x88);
-      t[4 + i] = _mm512_shuffle_i32x4(r[i], r[4 + i], 0xdd);
-      t[8 + i] = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0x88);
-      t[12 + i] = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0xdd);
+#pragma GCC unroll 2
+    for (int i = 0; i < 8; i += 4) {
+      t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+      t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+      t[i + 2] = _mm512_unpacklo_epi32(r[i + 2], r[i + 3]);
+      t[i + 3] = _mm512_unpackhi_epi32(r[i + 2], r[i + 3]);
+      r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+      r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+      r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+      r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
     }
+#pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
-      r[i] = _mm512_shuffle_i32x4(t[i], t[8 + i], 0x88);
-      r[8 + i] = _mm512_shuffle_i32x4(t[i], t[8 + i], 0xdd);
-      r[4 + i] = _mm512_shuffle_i32x4(t[4 + i], t[12 + i], 0x88);
-      r[12 + i] = _mm512_shuffle_i32x4(t[4 + i], t[12 + i], 0xdd);
+      out[i] = _mm512_shuffle_i32x4(r[i], r[4 + i], 0x88);
+      out[4 + i] = _mm512_shuffle_i32x4(r[i], r[4 + i], 0xdd);
     }
   }
 
-  /// Prefetches `ahead` on the way.
-  /// panel[d * ld + lane] = rows[lane][d] for kLanes rows of head_dim elements (multiple of 8).
-  template <typename T>
-  ATTEND_INLINE static void pack_transposed(const T* const* rows, const T* const* ahead,
-                                            int head_dim, float* panel, int ld) {
-    for (int d = 0; d < head_dim; d += 16) {
-      __m512i r[16];
-      const int valid = head_dim - d < 16 ? 8 : 16;
-      for (int i = 0; i < 16; ++i) __builtin_prefetch(ahead[i] + d, 0, 2);
-      for (int i = 0; i < 16; ++i)
-        r[i] = _mm512_castps_si512(valid == 16 ? widen(rows[i] + d) : widen_half(rows[i] + d));
-      transpose(r);
-      for (int i = 0; i < valid; ++i) store(panel + (d + i) * ld, _mm512_castsi512_ps(r[i]));
+  /// panel[d * kLd + lane] = rows[lane][d] for kLanes rows of head_dim elements (multiple of 8).
+  template <int kLd>
+  ATTEND_INLINE static void pack_transposed(const float* const* rows, int head_dim, float* panel) {
+    for (int d = 0; d < head_dim; d += 8, panel += 8 * kLd) {
+      __m512i r[8];
+      transpose_16x8([&](int i) ATTEND_LAMBDA { return rows[i] + d; }, r);
+      for (int i = 0; i < 8; ++i) store(panel + i * kLd, _mm512_castsi512_ps(r[i]));
     }
   }
-  ATTEND_INLINE static void pack_transposed(const bf16* const* rows, const bf16* const* ahead,
-                                            int head_dim, float* panel, int ld) {
-    for (int d = 0; d < head_dim; d += 32) {
-      // A 32-bit element is a pair of bf16: the transpose moves pairs, then halves split.
-      __m512i r[16];
-      const int left = head_dim - d;
-      const int valid = left < 32 ? left : 32;
-      const __mmask32 mask = valid == 32 ? ~0U : (1U << valid) - 1U;
-      for (int i = 0; i < 16; ++i) __builtin_prefetch(ahead[i] + d, 0, 2);
-      for (int i = 0; i < 16; ++i) r[i] = _mm512_maskz_loadu_epi16(mask, rows[i] + d);
-      transpose(r);
-      for (int i = 0; i < valid / 2; ++i) {
-        const __m512i low = _mm512_slli_epi32(r[i], 16);
+  template <int kLd>
+  ATTEND_INLINE static void pack_transposed(const f16* const* rows, int head_dim, float* panel) {
+    for (int d = 0; d < head_dim; d += 8, panel += 8 * kLd) {
+      alignas(64) float wide[16][8];
+      for (int i = 0; i < 16; ++i)
+        _mm256_store_ps(
+            wide[i],
+            _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(rows[i] + d))));
+      __m512i r[8];
+      transpose_16x8([&](int i) ATTEND_LAMBDA { return wide[i]; }, r);
+      for (int i = 0; i < 8; ++i) store(panel + i * kLd, _mm512_castsi512_ps(r[i]));
+    }
+  }
+  /// A 32-bit element is a pair of bf16: the transpose moves pairs, then they split.
+  template <int kLd>
+  ATTEND_INLINE static void pack_transposed(const bf16* const* rows, int head_dim, float* panel) {
+    int d = 0;
+    for (; d + 16 <= head_dim; d += 16, panel += 16 * kLd) {
+      __m512i r[8];
+      transpose_16x8([&](int i) ATTEND_LAMBDA { return rows[i] + d; }, r);
+#pragma GCC unroll 8
+      for (int i = 0; i < 8; ++i) {
         const __m512i high = _mm512_and_si512(r[i], _mm512_set1_epi32(-65536));
-        store(panel + (d + 2 * i) * ld, _mm512_castsi512_ps(low));
-        store(panel + (d + 2 * i + 1) * ld, _mm512_castsi512_ps(high));
+        store(panel + 2 * i * kLd, _mm512_castsi512_ps(_mm512_slli_epi32(r[i], 16)));
+        store(panel + (2 * i + 1) * kLd, _mm512_castsi512_ps(high));
       }
     }
+    if (d == head_dim) return;
+    alignas(64) float wide[16][8];
+    for (int i = 0; i < 16; ++i) _mm512_mask_storeu_ps(wide[i], 0xff, widen_half(rows[i] + d));
+    __m512i r[8];
+    transpose_16x8([&](int i) ATTEND_LAMBDA { return wide[i]; }, r);
+    for (int i = 0; i < 8; ++i) store(panel + i * kLd, _mm512_castsi512_ps(r[i]));
   }
 };

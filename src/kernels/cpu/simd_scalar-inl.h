@@ -86,6 +86,19 @@ struct Simd {
     });
   }
 
+  /// Interleaved columns: x[0], x[2].. and x[1], x[3].. of 8 values; narrow_pairs weaves them
+  /// together.
+  ATTEND_INLINE static void widen_pairs(const bf16* p, F* even, F* odd) {
+    *even = map([&](int i) { return to_f32(p[2 * i]); });
+    *odd = map([&](int i) { return to_f32(p[2 * i + 1]); });
+  }
+  ATTEND_INLINE static void narrow_pairs(bf16* p, F even, F odd) {
+    for (int i = 0; i < kLanes; ++i) {
+      p[2 * i] = attend::to_bf16(even.v[i]);
+      p[2 * i + 1] = attend::to_bf16(odd.v[i]);
+    }
+  }
+
   template <typename T>
   ATTEND_INLINE static F widen(const T* p) {
     return map([&](int i) { return to_f32(p[i]); });
@@ -95,12 +108,10 @@ struct Simd {
     for (int i = 0; i < kLanes; ++i) p[i] = from_f32<T>(x.v[i]);
   }
 
-  /// Prefetches `ahead` on the way.
-  /// panel[d * ld + lane] = rows[lane][d] for kLanes rows of head_dim elements.
-  template <typename T>
-  ATTEND_INLINE static void pack_transposed(const T* const* rows, const T* const* /*ahead*/,
-                                            int head_dim, float* panel, int ld) {
+  /// panel[d * kLd + lane] = rows[lane][d] for kLanes rows of head_dim elements.
+  template <int kLd, typename T>
+  ATTEND_INLINE static void pack_transposed(const T* const* rows, int head_dim, float* panel) {
     for (int d = 0; d < head_dim; ++d)
-      for (int i = 0; i < kLanes; ++i) panel[d * ld + i] = to_f32(rows[i][d]);
+      for (int i = 0; i < kLanes; ++i) panel[d * kLd + i] = to_f32(rows[i][d]);
   }
 };

@@ -1,24 +1,32 @@
 // SPDX-License-Identifier: Apache-2.0
 // Accumulators to output rows. Included inside an ISA namespace.
 
-/// to = acc / l in the type of the output; zeros if no key was visible (l = 0). Adding 0 turns -0,
-/// which would depend on which masked keys were skipped, into +0.
+/// acc / l. Adding 0 turns -0, which would depend on which masked keys were skipped, into +0.
+ATTEND_INLINE Simd::F normalised(const float* acc, Simd::F sum) {
+  return Simd::add(Simd::div(Simd::load(acc), sum), Simd::zero());
+}
+
+/// to = acc / l in the type of the output; zeros if no key was visible (l = 0; acc is then not
+/// read). `paired`: columns of acc are interleaved.
 template <typename T>
-ATTEND_INLINE void write_row(const AttentionProblem& p, const float* acc, float l, T* to) {
-  const bool empty = l == 0.0F;
-  const Simd::F sum = Simd::set1(empty ? 1.0F : l);
+ATTEND_INLINE void write_row(const AttentionProblem& p, const float* acc, float l, bool paired,
+                             T* to) {
+  if (l == 0.0F) {
+    for (int c = 0; c < p.head_dim_v; ++c) to[c] = T{};
+    return;
+  }
+  const Simd::F sum = Simd::set1(l);
   int c = 0;
-  for (; c + Simd::kLanes <= p.head_dim_v; c += Simd::kLanes) {
-    const Simd::F x = Simd::add(Simd::div(Simd::load(acc + c), sum), Simd::zero());
-    Simd::narrow(to + c, empty ? Simd::zero() : x);
+  if constexpr (std::is_same_v<T, bf16>) {
+    if (paired)
+      for (; c < p.head_dim_v; c += 2 * Simd::kLanes)
+        Simd::narrow_pairs(to + c, normalised(acc + c, sum),
+                           normalised(acc + c + Simd::kLanes, sum));
   }
+  for (; c + Simd::kLanes <= p.head_dim_v; c += Simd::kLanes)
+    Simd::narrow(to + c, normalised(acc + c, sum));
 #if ATTEND_HALF_VECTOR
-  if (c < p.head_dim_v) {
-    float tail[Simd::kLanes] = {};
-    std::memcpy(tail, acc + c, sizeof(float) * 8);
-    const Simd::F x = Simd::add(Simd::div(Simd::load(tail), sum), Simd::zero());
-    Simd::narrow_half(to + c, empty ? Simd::zero() : x);
-  }
+  if (c < p.head_dim_v) Simd::narrow_half(to + c, normalised(acc + c, sum));
 #endif
 }
 
@@ -40,7 +48,6 @@ void reduce_unit(const AttentionProblem& p, const Reduction& u,
   for (int r = 0; r < rows; ++r) {
     state[0][0] = -std::numeric_limits<float>::infinity();
     state[1][0] = 0.0F;
-    std::memset(acc, 0, sizeof(float) * static_cast<std::size_t>(ws.layout.padded_dv));
     for (int piece = 0; piece < u.num_pieces; ++piece) {
       const float* from = ws.partials + (u.partial_slot + std::int64_t{piece} * rows + r) * width;
       state[2][0] = from[0];
@@ -50,13 +57,13 @@ void reduce_unit(const AttentionProblem& p, const Reduction& u,
       // The last vector may run over the row's end: into the next row or the buffer's padding.
       for (int c = 0; c < p.head_dim_v; c += Simd::kLanes) {
         const Simd::F part = Simd::mul(Simd::load(from + 2 + c), b);
-        Simd::store(acc + c, Simd::fma(Simd::load(acc + c), a, part));
+        Simd::store(acc + c, keep[0] == 0.0F ? part : Simd::fma(Simd::load(acc + c), a, part));
       }
     }
     const int tok = u.q_begin + r / p.group_size;
     const int head = u.kv_head * p.group_size + r % p.group_size;
     T* to = static_cast<T*>(p.out) + p.out_layout.offset(p.query_start_loc, u.request, tok, head);
-    write_row(p, acc, state[1][0], to);
+    write_row(p, acc, state[1][0], has_paired_columns<T>(rows, p.head_dim_v), to);
     if (p.lse != nullptr)
       p.lse[p.lse_layout.offset(p.query_start_loc, u.request, tok, head)] =
           log_sum(state[0][0], state[1][0]);

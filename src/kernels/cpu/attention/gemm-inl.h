@@ -3,21 +3,55 @@
 // ascending order (over the head dimension, over the keys): the order is what makes bits equal
 // between tiles of different heights. Included inside an ISA namespace.
 
+/// Keys or dimensions of one unrolled step of the tiles' loops.
+inline constexpr int kUnroll = 4;
+
+/// Rows that will be read soon, fetched into L2 a few lines at a time beside the arithmetic:
+/// hardware prefetchers do not follow a block table, and a burst of prefetches would only fill the
+/// line buffers.
+template <typename T>
+struct PrefetchRows {
+  const T* const* row;  // as many rows as the loop that fetches reads
+  int head_dim;
+  int col = 0;
+  /// `kBytes` from here on, a multiple of 64; then the cursor moves on, to the next row at the end
+  /// of one. Runs over a row's end rather than splitting a step: prefetches never fault.
+  template <int kBytes>
+  ATTEND_INLINE void bytes() {
+    const char* at = reinterpret_cast<const char*>(*row + col);
+    for (int i = 0; i < kBytes; i += 64) __builtin_prefetch(at + i, 0, 2);
+    col += kBytes / static_cast<int>(sizeof(T));
+    const bool done = col >= head_dim;
+    col = done ? 0 : col;
+    row += done ? 1 : 0;
+  }
+};
+struct NoPrefetch {
+  template <int kBytes>
+  ATTEND_INLINE void bytes() {}
+};
+
 /// s[r * kPieceSize + j] = sum_d q[r * head_dim + d] * panel[d * kPanelKeys + j], R rows.
-template <int R>
-ATTEND_INLINE void qk_tile(const float* q, int head_dim, const float* panel, float* s) {
+/// Prefetches kBytesPerStep bytes each kUnroll dimensions.
+template <int R, int kBytesPerStep, typename Prefetch>
+ATTEND_INLINE void qk_tile(const float* q, int head_dim, const float* panel, float* s,
+                           Prefetch prefetch) {
   constexpr int kStep = Simd::kTileVecs * Simd::kLanes;
   for (int j = 0; j < plan::kPanelKeys; j += kStep) {
     Simd::F c[R][Simd::kTileVecs];
     for (int r = 0; r < R; ++r)
       for (int v = 0; v < Simd::kTileVecs; ++v) c[r][v] = Simd::zero();
     const float* b = panel + j;
-    for (int d = 0; d < head_dim; ++d, b += plan::kPanelKeys) {
-      Simd::F key[Simd::kTileVecs];
-      for (int v = 0; v < Simd::kTileVecs; ++v) key[v] = Simd::load(b + v * Simd::kLanes);
-      for (int r = 0; r < R; ++r) {
-        const Simd::F a = Simd::set1(q[r * head_dim + d]);
-        for (int v = 0; v < Simd::kTileVecs; ++v) c[r][v] = Simd::fma(a, key[v], c[r][v]);
+    for (int d = 0; d < head_dim; d += kUnroll, b += kUnroll * plan::kPanelKeys) {
+      if (j == 0) prefetch.template bytes<kBytesPerStep>();
+      for (int i = 0; i < kUnroll; ++i) {
+        Simd::F key[Simd::kTileVecs];
+        for (int v = 0; v < Simd::kTileVecs; ++v)
+          key[v] = Simd::load(b + i * plan::kPanelKeys + v * Simd::kLanes);
+        for (int r = 0; r < R; ++r) {
+          const Simd::F a = Simd::set1(q[r * head_dim + d + i]);
+          for (int v = 0; v < Simd::kTileVecs; ++v) c[r][v] = Simd::fma(a, key[v], c[r][v]);
+        }
       }
     }
     for (int r = 0; r < R; ++r)
@@ -28,6 +62,7 @@ ATTEND_INLINE void qk_tile(const float* q, int head_dim, const float* panel, flo
 
 /// Value rows widened and packed: panel[j * kPanelCols + c].
 struct PackedValues {
+  static constexpr int kBytesPerColumn = 0;  // not in the cache: nothing to prefetch
   const float* panel;
   template <int V>
   ATTEND_INLINE Simd::F load(int j) const {
@@ -35,27 +70,43 @@ struct PackedValues {
   }
 };
 
-/// Value rows as they lie in the cache, from column `col` on. On the way the same columns of the
-/// next piece's keys are fetched into L2: hardware prefetchers do not follow a block table.
+/// Value rows as they lie in the cache, from column `col` on.
 template <typename T>
 struct CachedValues {
+  static constexpr int kBytesPerColumn = sizeof(T);
   const T* const* rows;
-  const T* const* ahead;  // null = nothing to prefetch
-  KeyRange ahead_range;
   int col;
   template <int V>
   ATTEND_INLINE Simd::F load(int j) const {
-    if (ahead != nullptr && V * Simd::kLanes * sizeof(T) % 64 == 0 && j >= ahead_range.lo &&
-        j < ahead_range.hi)
-      __builtin_prefetch(ahead[j] + col + V * Simd::kLanes, 0, 2);
     return Simd::widen(rows[j] + col + V * Simd::kLanes);
   }
 };
+
+/// The same for pairs of vectors with interleaved columns; `col` is a multiple of a pair.
+struct CachedPairs {
+  static constexpr int kBytesPerColumn = sizeof(bf16);
+  const bf16* const* rows;
+  int col;
+};
+template <int V>
+ATTEND_INLINE void load_values(const CachedPairs& values, int j, Simd::F* out) {
+  for (int v = 0; v < V; v += 2)
+    Simd::widen_pairs(values.rows[j] + values.col + v * Simd::kLanes, out + v, out + v + 1);
+}
+
+/// Whether accumulators of `rows` query rows have interleaved columns: bf16 values that are
+/// multiplied as they lie in the cache. Depends on nothing else, so that stored partials can be
+/// merged.
+template <typename T>
+constexpr bool has_paired_columns(int rows, int head_dim_v) {
+  return std::is_same_v<T, bf16> && rows <= Simd::kTileRows && head_dim_v % (2 * Simd::kLanes) == 0;
+}
 
 #if ATTEND_HALF_VECTOR
 /// The last 8 columns of a head size that is no multiple of the vector.
 template <typename T>
 struct CachedValuesHalf {
+  static constexpr int kBytesPerColumn = 0;
   const T* const* rows;
   int col;
   template <int V>
@@ -80,27 +131,59 @@ struct PvRows {
   int ld;
   const float* keep;  // [R]
   const float* take;
+  float* parked = nullptr;  // like acc: sums of a tile whose keys come in several calls
+  bool first = true;        // the sums start at 0 instead of at parked
+  bool last = true;         // they are merged into acc instead of parked again
+
+  /// The same rows from column `col` on.
+  ATTEND_INLINE PvRows at(int col) const {
+    PvRows t = *this;
+    t.acc += col;
+    if (parked != nullptr) t.parked += col;
+    return t;
+  }
 };
 
-/// acc = acc * keep + (sum over keys [begin, end) of probs * values) * take, R rows, V vectors.
-template <int R, int V, typename Values>
-ATTEND_INLINE void pv_tile(const PvRows& t, const Values& values, int begin, int end) {
+/// acc = acc * keep + (sum over keys [begin, end) of probs * values) * take, R rows, V vectors;
+/// keys of an earlier call come first in the sum. Where keep is 0 the old accumulators are not
+/// read: before the first piece they hold anything.
+template <int R, int V, typename Values, typename Prefetch>
+ATTEND_INLINE void pv_tile(const PvRows& t, const Values& values, int begin, int end,
+                           Prefetch& prefetch) {
   Simd::F c[R][V];
   for (int r = 0; r < R; ++r)
-    for (int v = 0; v < V; ++v) c[r][v] = Simd::zero();
-  for (int j = begin; j < end; ++j) {
+    for (int v = 0; v < V; ++v)
+      c[r][v] = t.first ? Simd::zero() : Simd::load(t.parked + r * t.ld + v * Simd::kLanes);
+  const auto add_key = [&](int j) ATTEND_LAMBDA {
     Simd::F b[V];
     load_values<V>(values, j, b);
     for (int r = 0; r < R; ++r) {
       const Simd::F a = Simd::set1(t.probs[r * kPieceSize + j]);
       for (int v = 0; v < V; ++v) c[r][v] = Simd::fma(a, b[v], c[r][v]);
     }
+  };
+  int j = begin;
+  for (; j + kUnroll <= end; j += kUnroll) {
+    // As many bytes as these keys' values take, in whole lines.
+    prefetch.template bytes<kUnroll * V * Simd::kLanes * Values::kBytesPerColumn / 64 * 64>();
+    for (int i = 0; i < kUnroll; ++i) add_key(j + i);
+  }
+  for (; j < end; ++j) add_key(j);
+  if (!t.last) {
+    for (int r = 0; r < R; ++r)
+      for (int v = 0; v < V; ++v) Simd::store(t.parked + r * t.ld + v * Simd::kLanes, c[r][v]);
+    return;
   }
   for (int r = 0; r < R; ++r) {
     const Simd::F keep = Simd::set1(t.keep[r]), take = Simd::set1(t.take[r]);
+    float* at = t.acc + r * t.ld;
+    if (t.keep[r] == 0.0F) {
+      for (int v = 0; v < V; ++v) Simd::store(at + v * Simd::kLanes, Simd::mul(c[r][v], take));
+      continue;
+    }
     for (int v = 0; v < V; ++v) {
-      float* at = t.acc + r * t.ld + v * Simd::kLanes;
-      Simd::store(at, Simd::fma(Simd::load(at), keep, Simd::mul(c[r][v], take)));
+      const Simd::F old = Simd::load(at + v * Simd::kLanes);
+      Simd::store(at + v * Simd::kLanes, Simd::fma(old, keep, Simd::mul(c[r][v], take)));
     }
   }
 }

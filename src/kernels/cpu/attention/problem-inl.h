@@ -21,23 +21,32 @@ ATTEND_INLINE KeyRange visible_keys(const AttentionProblem& p, int r, int positi
   return {lo < hi ? lo : hi, hi};
 }
 
-/// Row pointers of keys [begin, end) of one kv head; rows[i] is key begin + i.
+/// Keys or values of one request and kv head.
 template <typename T>
-ATTEND_INLINE void fill_rows(const AttentionProblem& p, const KvStrides& st, const void* base,
-                             int r, int kv_head, int begin, int end, const T** rows) {
-  const T* head = static_cast<const T*>(base) + kv_head * st.head;
+struct HeadRows {
+  const T* head;  // the kv head's first row
+  KvStrides strides;
+  int request;
+};
+
+/// Row pointers of keys [begin, end); rows[i] is key begin + i.
+template <typename T>
+ATTEND_INLINE void fill_rows(const AttentionProblem& p, const HeadRows<T>& from, int begin, int end,
+                             const T** rows) {
+  const KvStrides& st = from.strides;
+  const int r = from.request;
   if (p.block_table != nullptr) {
     const std::int32_t* table = p.block_table + r * p.block_table_stride;
     for (int j = begin; j < end;) {
       const int block = j / p.block_size;
       const int block_end = (block + 1) * p.block_size;
       const int stop = block_end < end ? block_end : end;
-      const T* row = head + table[block] * st.block + (j - block * p.block_size) * st.token;
+      const T* row = from.head + table[block] * st.block + (j - block * p.block_size) * st.token;
       for (; j < stop; ++j, row += st.token) rows[j - begin] = row;
     }
     return;
   }
-  const T* row = head + begin * st.token;
+  const T* row = from.head + begin * st.token;
   if (p.kv_start != nullptr) {
     row += p.kv_start[r] * st.token;
   } else {

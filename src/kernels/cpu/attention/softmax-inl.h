@@ -31,13 +31,17 @@ ATTEND_INLINE Simd::F finish_logit(Simd::F x, int j, const LogitTerms& t) {
   return x;
 }
 
-/// Turns s[begin, end) (multiples of 16, relative to the piece) into exp2(logit - max) with 0
-/// outside the visible [lo, hi); returns the max (-inf if nothing is visible) and the sum. The sum
-/// runs over 16 virtual lanes in ascending blocks and then a fixed tree: it does not depend on
-/// begin and end.
+/// Maximum (-inf if nothing is visible) and sum of one row of a piece.
+struct RowSums {
+  float max, sum;
+};
+
+/// Turns s[span] (bounds multiples of 16, relative to the piece) into exp2(logit - max) with 0
+/// outside `visible`. The sum runs over 16 virtual lanes in ascending blocks and then a fixed tree:
+/// it does not depend on the span.
 template <bool Extra>
-ATTEND_INLINE void softmax_row(float* s, int begin, int end, int lo, int hi, const LogitTerms& t,
-                               float* max_out, float* sum_out) {
+ATTEND_INLINE RowSums softmax_row(float* s, KeyRange span, KeyRange visible, const LogitTerms& t) {
+  const int begin = span.lo, end = span.hi, lo = visible.lo, hi = visible.hi;
   constexpr float kInf = std::numeric_limits<float>::infinity();
   constexpr int kLanes = Simd::kLanes;
   const Simd::F minus_inf = Simd::set1(-kInf);
@@ -49,11 +53,9 @@ ATTEND_INLINE void softmax_row(float* s, int begin, int end, int lo, int hi, con
     max_lanes = Simd::max(max_lanes, x);
   }
   const float m = Simd::reduce_max(max_lanes);
-  *max_out = m;
   if (m == -kInf) {
     for (int j = begin; j < end; j += kLanes) Simd::store(s + j, Simd::zero());
-    *sum_out = 0.0F;
-    return;
+    return {m, 0.0F};
   }
   constexpr int kVecs = 16 / kLanes;
   const Simd::F shift = Simd::set1(m);
@@ -69,7 +71,7 @@ ATTEND_INLINE void softmax_row(float* s, int begin, int end, int lo, int hi, con
   }
   for (int width = kVecs / 2; width > 0; width /= 2)
     for (int v = 0; v < width; ++v) sum[v] = Simd::add(sum[v], sum[v + width]);
-  *sum_out = Simd::reduce_add(sum[0]);
+  return {m, Simd::reduce_add(sum[0])};
 }
 
 /// Merges pieces' (m, l) into running ones, ascending, and gives the factors for the accumulators.

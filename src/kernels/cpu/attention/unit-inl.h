@@ -15,41 +15,44 @@ struct UnitRunner : UnitState<T> {
   bool values_packed;
   bool values_finite;
   bool values_scanned;
-  KeyRange next_range;  // of the next piece, relative to it; empty = no next piece
+  bool has_next;  // the next_ pointers are set
 
   void load_queries() {
     // With softcap the tile computes its argument, else the logit in log2 units.
-    const float logit_scale = p.softcap > 0.0F ? p.scale / p.softcap : p.scale * kLog2e;
-    const int d_step = Simd::kLanes;
-    const Simd::F factor = Simd::set1(logit_scale);
-    for (int r = 0; r < rows; ++r) {
-      const int tok = this->token(r);
-      const T* from = static_cast<const T*>(p.q) +
-                      p.q_layout.offset(p.query_start_loc, u.request, tok, this->head(r));
-      float* to = q + std::int64_t{r} * p.head_dim_qk;
-      int d = 0;
-      for (; d + d_step <= p.head_dim_qk; d += d_step)
-        Simd::store(to + d, Simd::mul(Simd::widen(from + d), factor));
-      for (; d < p.head_dim_qk; ++d) to[d] = to_f32(from[d]) * logit_scale;
+    const Simd::F factor = Simd::set1(p.softcap > 0.0F ? p.scale / p.softcap : p.scale * kLog2e);
+    int r = 0;
+    for (int tok = u.q_begin; tok < u.q_end; ++tok) {
       const KeyRange visible = visible_keys(p, u.request, this->position(tok));
-      lo[r] = visible.lo;
-      hi[r] = visible.hi;
+      const T* from = static_cast<const T*>(p.q) + p.q_layout.offset(p.query_start_loc, u.request,
+                                                                     tok, u.kv_head * p.group_size);
+      for (int g = 0; g < p.group_size; ++g, ++r, from += p.q_layout.stride_head) {
+        lo[r] = visible.lo;
+        hi[r] = visible.hi;
+        float* to = q + std::int64_t{r} * p.head_dim_qk;
+        int d = 0;
+        for (; d + Simd::kLanes <= p.head_dim_qk; d += Simd::kLanes)
+          Simd::store(to + d, Simd::mul(Simd::widen(from + d), factor));
+#if ATTEND_HALF_VECTOR
+        // Runs into the next row, which is written after this one, or into padding.
+        if (d < p.head_dim_qk) Simd::store(to + d, Simd::mul(Simd::widen_half(from + d), factor));
+#endif
+      }
     }
     const int padded = static_cast<int>(plan::round_up(rows, Simd::kTileRows));
-    for (int r = rows; r < padded; ++r) {
+    for (; r < padded; ++r) {
       lo[r] = hi[r] = 0;
       std::memset(q + std::int64_t{r} * p.head_dim_qk, 0, sizeof(float) * p.head_dim_qk);
     }
     reset();
   }
 
+  /// Empties the state. Accumulators need no zeros: what an empty state holds is never read.
   void reset() {
-    const auto padded = static_cast<std::size_t>(plan::round_up(rows, plan::kBlockRows));
-    for (std::size_t r = 0; r < padded; ++r) {
+    const int padded = static_cast<int>(plan::round_up(rows, plan::kBlockRows));
+    for (int r = 0; r < padded; ++r) {
       m[r] = -std::numeric_limits<float>::infinity();
       l[r] = 0.0F;
     }
-    std::memset(acc, 0, sizeof(float) * padded * static_cast<std::size_t>(dv_padded));
   }
 
   /// Union of the visible keys of rows [begin, end), cut to piece `base`, relative to it.
@@ -66,20 +69,23 @@ struct UnitRunner : UnitState<T> {
     return range;
   }
 
-  /// Pointers for the keys of `range`; other entries up to full panels repeat the first, so that
-  /// packing never reads a row that no query sees.
-  void point_rows(KeyRange range, int base, const T** k_to, const T** v_to) const {
-    fill_rows(p, p.k_strides, p.k, u.request, u.kv_head, base + range.lo, base + range.hi,
-              k_to + range.lo);
-    fill_rows(p, p.v_strides, p.v, u.request, u.kv_head, base + range.lo, base + range.hi,
-              v_to + range.lo);
-    const int begin = range.lo / plan::kPanelKeys * plan::kPanelKeys;
-    const int end = static_cast<int>(plan::round_up(range.hi, plan::kPanelKeys));
-    for (int j = begin; j < end; ++j) {
-      if (j >= range.lo && j < range.hi) continue;
-      k_to[j] = k_to[range.lo];
-      v_to[j] = v_to[range.lo];
-    }
+  /// Pointers for the keys of `range` of the piece at `base`; the other entries repeat the first,
+  /// so that packing and prefetching never touch a row that no query sees.
+  void point_rows(KeyRange range, int base) {
+    const HeadRows<T> k{static_cast<const T*>(p.k) + u.kv_head * p.k_strides.head, p.k_strides,
+                        u.request};
+    const HeadRows<T> v{static_cast<const T*>(p.v) + u.kv_head * p.v_strides.head, p.v_strides,
+                        u.request};
+    fill_rows(p, k, base + range.lo, base + range.hi, next_k_rows + range.lo);
+    fill_rows(p, v, base + range.lo, base + range.hi, next_v_rows + range.lo);
+    const auto repeat = [&](int begin, int end) {
+      for (int j = begin; j < end; ++j) {
+        next_k_rows[j] = next_k_rows[range.lo];
+        next_v_rows[j] = next_v_rows[range.lo];
+      }
+    };
+    repeat(0, range.lo);
+    repeat(range.hi, kPieceSize);
   }
 
   ATTEND_NOINLINE float* k_panel(int panel, bool keep_all) {
@@ -88,8 +94,7 @@ struct UnitRunner : UnitState<T> {
     packed_panel[panel] = true;
     const int first = panel * plan::kPanelKeys;
     for (int j = 0; j < plan::kPanelKeys; j += Simd::kLanes)
-      Simd::pack_transposed(k_rows + first + j, v_rows + first + j, p.head_dim_qk, to + j,
-                            plan::kPanelKeys);
+      Simd::pack_transposed<plan::kPanelKeys>(k_rows + first + j, p.head_dim_qk, to + j);
     return to;
   }
 
@@ -118,15 +123,15 @@ struct UnitRunner : UnitState<T> {
   bool all_values_finite(KeyRange range) {
     if (values_scanned) return values_finite;
     bool bad = false;
-    for (int j = range.lo; j < range.hi; ++j)
-      for (int c = 0; c + 8 <= p.head_dim_v; c += 8)
-        for (int i = 0; i < 8; i += Simd::kLanes < 8 ? Simd::kLanes : 8) {
+    for (int j = range.lo; j < range.hi; ++j) {
 #if ATTEND_HALF_VECTOR
-          bad |= Simd::any_nonfinite(Simd::widen_half(v_rows[j] + c));
+      for (int c = 0; c < p.head_dim_v; c += 8)
+        bad |= Simd::any_nonfinite(Simd::widen_half(v_rows[j] + c));
 #else
-          bad |= Simd::any_nonfinite(Simd::widen(v_rows[j] + c + i));
+      for (int c = 0; c < p.head_dim_v; c += Simd::kLanes)
+        bad |= Simd::any_nonfinite(Simd::widen(v_rows[j] + c));
 #endif
-        }
+    }
     values_scanned = true;
     return values_finite = !bad;
   }
@@ -142,33 +147,45 @@ struct UnitRunner : UnitState<T> {
         if (key_begin >= tile.hi || key_begin + plan::kPanelKeys <= tile.lo) continue;
         const float* qr = q + std::int64_t{r} * p.head_dim_qk;
         float* sr = s + std::int64_t{r - begin} * kPieceSize + key_begin;
+        // A single tile means decode, bound by memory: it fetches the next piece meanwhile.
+        const bool fetch = has_next && rows <= Simd::kTileRows;
         with_tile_rows(tile_end - r, [&](auto height) ATTEND_LAMBDA {
-          qk_tile<decltype(height)::value>(qr, p.head_dim_qk, keys, sr);
+          constexpr int kHeight = decltype(height)::value;
+          if (fetch) {
+            const PrefetchRows<T> next{next_k_rows + key_begin, p.head_dim_qk};
+            constexpr int kBytes = kUnroll * plan::kPanelKeys * static_cast<int>(sizeof(T));
+            qk_tile<kHeight, kBytes>(qr, p.head_dim_qk, keys, sr, next);
+          } else {
+            qk_tile<kHeight, 0>(qr, p.head_dim_qk, keys, sr, NoPrefetch{});
+          }
         });
       }
     }
   }
 
+  RowSums row_probabilities(int r, float* sr, KeyRange span, int base) const {
+    const KeyRange visible{lo[r] - base, hi[r] - base};
+    if (p.softcap == 0.0F && p.alibi_slopes == nullptr)
+      return softmax_row<false>(sr, span, visible, {});
+    LogitTerms t{p.softcap * kLog2e, 0.0F,
+                 static_cast<float>(this->position(this->token(r)) - base)};
+    if (p.alibi_slopes != nullptr)
+      t.alibi_log2 =
+          kLog2e *
+          p.alibi_slopes[u.request * p.alibi_stride_request + this->head(r) * p.alibi_stride_head];
+    return softmax_row<true>(sr, span, visible, t);
+  }
+
   void probabilities(int begin, int end, int base) {
-    const bool extra = p.softcap > 0.0F || p.alibi_slopes != nullptr;
     for (int r0 = begin; r0 < end; r0 += Simd::kTileRows) {
       const int tile_end = r0 + Simd::kTileRows < end ? r0 + Simd::kTileRows : end;
       const KeyRange tile = piece_range(r0, tile_end, base);
-      const int from = tile.lo / 16 * 16;
-      const int to = static_cast<int>(plan::round_up(tile.hi, 16));
+      const KeyRange span{tile.lo / 16 * 16, static_cast<int>(plan::round_up(tile.hi, 16))};
       for (int r = r0; r < tile_end; ++r) {
-        float* sr = s + std::int64_t{r - begin} * kPieceSize;
-        if (!extra) {
-          softmax_row<false>(sr, from, to, lo[r] - base, hi[r] - base, {}, piece_m + r,
-                             piece_l + r);
-          continue;
-        }
-        LogitTerms t{p.softcap * kLog2e, 0.0F,
-                     static_cast<float>(this->position(this->token(r)) - base)};
-        if (p.alibi_slopes != nullptr)
-          t.alibi_log2 = kLog2e * p.alibi_slopes[u.request * p.alibi_stride_request +
-                                                 this->head(r) * p.alibi_stride_head];
-        softmax_row<true>(sr, from, to, lo[r] - base, hi[r] - base, t, piece_m + r, piece_l + r);
+        const RowSums sums =
+            row_probabilities(r, s + std::int64_t{r - begin} * kPieceSize, span, base);
+        piece_m[r] = sums.max;
+        piece_l[r] = sums.sum;
       }
     }
     const int tiles_end = begin + static_cast<int>(plan::round_up(end - begin, Simd::kTileRows));
@@ -192,26 +209,53 @@ struct UnitRunner : UnitState<T> {
     PvRows t{probs, acc + std::int64_t{r} * dv_padded, dv_padded, keep + r, take + r};
     constexpr int kStep = Simd::kTileVecs * Simd::kLanes;
     if (values_packed) {
-      for (int c = 0; c < dv_padded; c += kStep, t.acc += kStep) {
+      NoPrefetch none;
+      for (int c = 0; c < dv_padded; c += kStep) {
         const float* panel =
             v_panels + std::int64_t{c / plan::kPanelCols} * kPieceSize * plan::kPanelCols;
-        pv_tile<R, Simd::kTileVecs>(t, PackedValues{panel + c % plan::kPanelCols}, tile.lo,
-                                    tile.hi);
+        pv_tile<R, Simd::kTileVecs>(t.at(c), PackedValues{panel + c % plan::kPanelCols}, tile.lo,
+                                    tile.hi, none);
       }
       return;
     }
-    CachedValues<T> values{v_rows, next_range.hi > 0 ? next_k_rows : nullptr, next_range, 0};
-    if constexpr (2 * R <= Simd::kTileRows)
-      for (; values.col + 2 * kStep <= p.head_dim_v; values.col += 2 * kStep, t.acc += 2 * kStep)
-        pv_tile<R, 2 * Simd::kTileVecs>(t, values, tile.lo, tile.hi);
-    for (; values.col + kStep <= p.head_dim_v; values.col += kStep, t.acc += kStep)
-      pv_tile<R, Simd::kTileVecs>(t, values, tile.lo, tile.hi);
-    for (; values.col + Simd::kLanes <= p.head_dim_v;
-         values.col += Simd::kLanes, t.acc += Simd::kLanes)
-      pv_tile<R, 1>(t, values, tile.lo, tile.hi);
+    // All columns of a few rows at a time: whole rows follow each other in memory, which is what
+    // hardware prefetchers like. The panels are free and hold the sums between two groups of rows.
+    PrefetchRows<T> next{has_next ? next_v_rows : v_rows, p.head_dim_v};
+    t.parked = v_panels;
+    for (int from = tile.lo; from < tile.hi;) {
+      const int group_end = (from / plan::kPanelKeys + 1) * plan::kPanelKeys;
+      const int to = group_end < tile.hi ? group_end : tile.hi;
+      t.first = from == tile.lo;
+      t.last = to == tile.hi;
+      add_cached_values<R>(t, KeyRange{from, to}, next);
+      from = to;
+    }
+  }
+
+  /// The columns of add_values for keys as they lie in the cache.
+  template <int R>
+  ATTEND_INLINE void add_cached_values(PvRows t, KeyRange keys, PrefetchRows<T>& next) {
+    constexpr int kStep = Simd::kTileVecs * Simd::kLanes;
+    const auto columns = [&](auto values) ATTEND_LAMBDA {
+      if constexpr (2 * R <= Simd::kTileRows)
+        for (; values.col + 2 * kStep <= p.head_dim_v; values.col += 2 * kStep)
+          pv_tile<R, 2 * Simd::kTileVecs>(t.at(values.col), values, keys.lo, keys.hi, next);
+      for (; values.col + kStep <= p.head_dim_v; values.col += kStep)
+        pv_tile<R, Simd::kTileVecs>(t.at(values.col), values, keys.lo, keys.hi, next);
+      return values.col;
+    };
+    if constexpr (std::is_same_v<T, bf16>) {
+      if (has_paired_columns<T>(rows, p.head_dim_v)) {
+        columns(CachedPairs{v_rows, 0});
+        return;
+      }
+    }
+    CachedValues<T> rest{v_rows, columns(CachedValues<T>{v_rows, 0})};
+    for (; rest.col + Simd::kLanes <= p.head_dim_v; rest.col += Simd::kLanes)
+      pv_tile<R, 1>(t.at(rest.col), rest, keys.lo, keys.hi, next);
 #if ATTEND_HALF_VECTOR
-    if (values.col < p.head_dim_v)
-      pv_tile<R, 1>(t, CachedValuesHalf<T>{v_rows, values.col}, tile.lo, tile.hi);
+    if (rest.col < p.head_dim_v)
+      pv_tile<R, 1>(t.at(rest.col), CachedValuesHalf<T>{v_rows, rest.col}, keys.lo, keys.hi, next);
 #endif
   }
 
@@ -253,12 +297,17 @@ struct UnitRunner : UnitState<T> {
   }
 
   void write_outputs() const {
-    for (int r = 0; r < rows; ++r) {
-      const int tok = this->token(r), head = this->head(r);
-      T* to = static_cast<T*>(p.out) + p.out_layout.offset(p.query_start_loc, u.request, tok, head);
-      write_row(p, acc + std::int64_t{r} * dv_padded, l[r], to);
-      if (p.lse != nullptr)
-        p.lse[p.lse_layout.offset(p.query_start_loc, u.request, tok, head)] = log_sum(m[r], l[r]);
+    int r = 0;
+    for (int tok = u.q_begin; tok < u.q_end; ++tok) {
+      for (int g = 0; g < p.group_size; ++g, ++r) {
+        const int head = u.kv_head * p.group_size + g;
+        T* to =
+            static_cast<T*>(p.out) + p.out_layout.offset(p.query_start_loc, u.request, tok, head);
+        write_row(p, acc + std::int64_t{r} * dv_padded, l[r],
+                  has_paired_columns<T>(rows, p.head_dim_v), to);
+        if (p.lse != nullptr)
+          p.lse[p.lse_layout.offset(p.query_start_loc, u.request, tok, head)] = log_sum(m[r], l[r]);
+      }
     }
   }
 
@@ -268,18 +317,23 @@ struct UnitRunner : UnitState<T> {
     for (int r = 0; r < rows; ++r, to += width) {
       to[0] = m[r];
       to[1] = l[r];
-      std::memcpy(to + 2, acc + std::int64_t{r} * dv_padded, sizeof(float) * p.head_dim_v);
+      const float* from = acc + std::int64_t{r} * dv_padded;
+      if (l[r] == 0.0F) {
+        std::memset(to + 2, 0, sizeof(float) * p.head_dim_v);
+      } else {
+        std::memcpy(to + 2, from, sizeof(float) * p.head_dim_v);
+      }
     }
   }
 
   void point_next(int piece) {
-    next_range = KeyRange{0, 0};
+    has_next = false;
     if (piece >= u.piece_end) return;
     const int base = piece * kPieceSize;
     const KeyRange range = piece_range(0, rows, base);
     if (range.lo >= range.hi) return;
-    point_rows(range, base, next_k_rows, next_v_rows);
-    next_range = range;
+    point_rows(range, base);
+    has_next = true;
   }
 
   void run(float* partials) {
