@@ -6,6 +6,7 @@
 #include <cctype>
 
 #include "conformance/check.h"
+#include "support/scale.h"
 
 namespace attend::conformance {
 namespace {
@@ -14,12 +15,12 @@ class Conformance : public ::testing::TestWithParam<std::string> {};
 
 TEST_P(Conformance, AgreesWithTheOracleOnEveryLevel) {
   CheckOptions options;
-  options.cases = 60;
+  options.cases = test::scaled(60, 20);
   options.seed = 20240601;
   options.ops = {GetParam()};
   const CheckReport report = run_checks(options);
   ASSERT_FALSE(report.rows.empty());
-  for (const CheckRow& row : report.rows) EXPECT_EQ(row.cases, 60) << to_string(row.isa);
+  for (const CheckRow& row : report.rows) EXPECT_EQ(row.cases, options.cases) << to_string(row.isa);
   for (const CheckFailure& f : report.failures) {
     ADD_FAILURE() << f.problem << "\n" << f.message << "\nrepeat: " << f.command;
   }

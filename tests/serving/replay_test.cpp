@@ -7,6 +7,7 @@
 #include <filesystem>
 
 #include "serving/synthetic.h"
+#include "support/scale.h"
 
 namespace attend::serving {
 namespace {
@@ -25,6 +26,12 @@ ModelPreset small_model() {
 
 Trace small_trace(const std::string& settings = "requests=12,prompt=60,output=20,shared=40") {
   return make_synthetic(SyntheticConfig::parse("synthetic:" + settings), 5);
+}
+
+/// For tests that need no more than some requests; shorter where everything is slow.
+Trace any_trace() {
+  const int requests = test::scaled(12, 3);
+  return small_trace("requests=" + std::to_string(requests) + ",prompt=60,output=20,shared=40");
 }
 
 ReplayConfig small_config(const ModelPreset& model) {
@@ -46,7 +53,7 @@ void expect_correct(const Trace& trace, const ReplayConfig& config) {
 
 TEST(Replay, ChecksOutForEveryDtypeAndLayout) {
   const ModelPreset model = small_model();
-  const Trace trace = small_trace();
+  const Trace trace = any_trace();
   for (const DType dtype : {DType::f32, DType::f16, DType::bf16}) {
     for (const KvLayout layout : {KvLayout::nhd, KvLayout::hnd}) {
       SCOPED_TRACE(std::string(to_string(dtype)) + " " + std::string(to_string(layout)));
@@ -60,7 +67,7 @@ TEST(Replay, ChecksOutForEveryDtypeAndLayout) {
 }
 
 TEST(Replay, ChecksOutWithWindowSoftcapAndAlibi) {
-  const Trace trace = small_trace();
+  const Trace trace = any_trace();
   ModelPreset model = small_model();
   model.sliding_window = 24;
   model.window_period = 2;
@@ -75,7 +82,7 @@ TEST(Replay, ChecksOutWithWindowSoftcapAndAlibi) {
 }
 
 TEST(Replay, ChecksOutForEncoders) {
-  const Trace trace = small_trace();
+  const Trace trace = any_trace();
   ModelPreset model = small_model();
   model.attn_type = AttentionType::encoder_only;
   const ReplayResult r = replay(trace, small_config(model));
@@ -91,7 +98,7 @@ TEST(Replay, PublicTracesCheckOut) {
   for (const auto* file : {"azure_llm_2023_conv.csv", "mooncake_fast25_conversation_trace.jsonl"}) {
     SCOPED_TRACE(file);
     Trace trace = read_trace((folder / file).string());
-    limit_requests(trace, 12);
+    limit_requests(trace, test::scaled(12, 3));
     scale_lengths(trace, 0.05);
     ReplayConfig config = small_config(model);
     config.max_num_batched_tokens = 512;
