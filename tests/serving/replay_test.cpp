@@ -98,7 +98,7 @@ TEST(Replay, PublicTracesCheckOut) {
   for (const auto* file : {"azure_llm_2023_conv.csv", "mooncake_fast25_conversation_trace.jsonl"}) {
     SCOPED_TRACE(file);
     Trace trace = read_trace((folder / file).string());
-    limit_requests(trace, test::scaled(12, 3));
+    limit_requests(trace, testing::scaled(12, 3));
     scale_lengths(trace, 0.05);
     ReplayConfig config = small_config(model);
     config.max_num_batched_tokens = 512;
