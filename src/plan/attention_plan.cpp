@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <limits>
 #include <string>
+#include <tuple>
 
 #include "attend/core/error.h"
 #include "plan/unit_layout.h"
@@ -110,8 +111,13 @@ class Planner {
     std::vector<WorkUnit> whole;
     whole.swap(p_.units);
     for (const WorkUnit& u : whole) emit(u, target);
-    std::stable_sort(p_.units.begin(), p_.units.end(),
-                     [this](const auto& a, const auto& b) { return cost(a) > cost(b); });
+    const auto place = [](const WorkUnit& u) {
+      return std::tuple(u.request, u.kv_head, u.q_begin, u.piece_begin);
+    };
+    std::sort(p_.units.begin(), p_.units.end(), [&](const WorkUnit& a, const WorkUnit& b) {
+      const std::int64_t x = cost(a), y = cost(b);
+      return x != y ? x > y : place(a) < place(b);
+    });
   }
 
  private:
