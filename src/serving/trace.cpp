@@ -68,8 +68,10 @@ Trace read_trace(std::istream& in, const std::string& name) {
     throw TraceError(fmt::format("{}: the trace is empty: a header and no requests", name));
   }
   auto& requests = trace.requests;
-  std::stable_sort(requests.begin(), requests.end(),
-                   [](const Request& a, const Request& b) { return a.arrival < b.arrival; });
+  for (std::size_t i = 0; i < requests.size(); ++i) requests[i].id = static_cast<std::int64_t>(i);
+  std::sort(requests.begin(), requests.end(), [](const Request& a, const Request& b) {
+    return a.arrival != b.arrival ? a.arrival < b.arrival : a.id < b.id;
+  });
   const double start = requests.front().arrival;
   for (std::size_t i = 0; i < requests.size(); ++i) {
     requests[i].id = static_cast<std::int64_t>(i);
