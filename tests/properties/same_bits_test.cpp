@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "properties/stepped_batch.h"
+#include "support/scale.h"
 
 namespace attend::testing {
 namespace {
@@ -16,8 +17,9 @@ struct Effort {
   int batches;
   std::int64_t products;
 };
-constexpr Effort kActiveLevel{200, 25'000'000};
-constexpr Effort kOtherLevels{25, 10'000'000};
+Effort effort_of(bool active_level) {
+  return active_level ? Effort{scaled(200, 10), 25'000'000} : Effort{scaled(25, 2), 10'000'000};
+}
 
 /// Every row of `got` against the reference run.
 void expect_same_bits(const BatchData& data, const SteppedBatch& reference, const SteppedBatch& got,
@@ -140,7 +142,7 @@ class OneBatch {
 class SameBits : public ::testing::TestWithParam<IsaLevel> {};
 
 TEST_P(SameBits, WhateverTheBatchIs) {
-  const Effort effort = GetParam() == active_isa() ? kActiveLevel : kOtherLevels;
+  const Effort effort = effort_of(GetParam() == active_isa());
   for (int i = 0; i < effort.batches && !HasFailure(); ++i) {
     SCOPED_TRACE("batch " + std::to_string(i));
     OneBatch(static_cast<std::uint64_t>(1000 + i), effort.products, GetParam()).check();
