@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "properties/stepped_batch.h"
+#include "support/scale.h"
 
 namespace attend::testing {
 namespace {
@@ -80,7 +81,7 @@ class HiddenKeys : public ::testing::TestWithParam<IsaLevel> {};
 
 TEST_P(HiddenKeys, HaveNoEffectOnARow) {
   int compared = 0;
-  for (int i = 0; i < 60 && !HasFailure(); ++i) {
+  for (int i = 0; i < scaled(60, 4) && !HasFailure(); ++i) {
     Rng rng(static_cast<std::uint64_t>(5000 + i));
     BatchData data(rng, random_steps_shape(rng, 20'000'000, true));
     SCOPED_TRACE("batch " + std::to_string(i) + ": " + data.shape.describe());

@@ -18,7 +18,8 @@ struct Effort {
   std::int64_t products;
 };
 Effort effort_of(bool active_level) {
-  return active_level ? Effort{scaled(200, 10), 25'000'000} : Effort{scaled(25, 2), 10'000'000};
+  return active_level ? Effort{scaled(200, 6), scaled(25'000'000, 3'000'000)}
+                      : Effort{scaled(25, 2), scaled(10'000'000, 3'000'000)};
 }
 
 /// Every row of `got` against the reference run.
