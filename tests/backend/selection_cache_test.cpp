@@ -79,7 +79,6 @@ TEST(SelectionCache, DoesNotGrowWithoutEnd) {
 
 TEST(SelectionCache, AnswersManyThreads) {
   SelectionCache cache;
-  CountingCompute compute;
   std::atomic<int> wrong = 0;
   std::vector<std::thread> threads;
   for (int t = 0; t < 4; ++t) {
