@@ -102,7 +102,7 @@ TEST_P(HiddenKeys, HaveNoEffectOnARow) {
                                clean, spoilt);
     }
   }
-  EXPECT_GT(compared, 500);
+  EXPECT_GT(compared, scaled(500, 50));
 }
 
 INSTANTIATE_TEST_SUITE_P(Levels, HiddenKeys, ::testing::ValuesIn(available_isa_levels()),
