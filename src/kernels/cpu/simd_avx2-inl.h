@@ -106,9 +106,11 @@ struct Simd {
   }
 
   /// panel[d * kLd + lane] = rows[lane][d] for kLanes rows of head_dim elements (multiple of 8).
-  template <int kLd, typename T>
-  ATTEND_INLINE static void pack_transposed(const T* const* rows, int head_dim, float* panel) {
+  template <int kLd, typename T, typename Beside>
+  ATTEND_INLINE static void pack_transposed(const T* const* rows, int head_dim, float* panel,
+                                            Beside& beside) {
     for (int d = 0; d < head_dim; d += 8) {
+      beside.template beside_pack<8 * 8 * sizeof(T)>();
       F r[8], t[8];
       for (int i = 0; i < 8; ++i) r[i] = widen(rows[i] + d);
       for (int i = 0; i < 4; ++i) {

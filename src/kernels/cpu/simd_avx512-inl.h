@@ -143,17 +143,22 @@ struct Simd {
   }
 
   /// panel[d * kLd + lane] = rows[lane][d] for kLanes rows of head_dim elements (multiple of 8).
-  template <int kLd>
-  ATTEND_INLINE static void pack_transposed(const float* const* rows, int head_dim, float* panel) {
+  /// Calls beside.beside_pack<bytes>() at every step of so many bytes.
+  template <int kLd, typename Beside>
+  ATTEND_INLINE static void pack_transposed(const float* const* rows, int head_dim, float* panel,
+                                            Beside& beside) {
     for (int d = 0; d < head_dim; d += 8, panel += 8 * kLd) {
+      beside.template beside_pack<16 * 8 * sizeof(float)>();
       __m512i r[8];
       transpose_16x8([&](int i) ATTEND_LAMBDA { return rows[i] + d; }, r);
       for (int i = 0; i < 8; ++i) store(panel + i * kLd, _mm512_castsi512_ps(r[i]));
     }
   }
-  template <int kLd>
-  ATTEND_INLINE static void pack_transposed(const f16* const* rows, int head_dim, float* panel) {
+  template <int kLd, typename Beside>
+  ATTEND_INLINE static void pack_transposed(const f16* const* rows, int head_dim, float* panel,
+                                            Beside& beside) {
     for (int d = 0; d < head_dim; d += 8, panel += 8 * kLd) {
+      beside.template beside_pack<16 * 8 * sizeof(f16)>();
       alignas(64) float wide[16][8];
       for (int i = 0; i < 16; ++i)
         _mm256_store_ps(
@@ -165,10 +170,12 @@ struct Simd {
     }
   }
   /// A 32-bit element is a pair of bf16: the transpose moves pairs, then they split.
-  template <int kLd>
-  ATTEND_INLINE static void pack_transposed(const bf16* const* rows, int head_dim, float* panel) {
+  template <int kLd, typename Beside>
+  ATTEND_INLINE static void pack_transposed(const bf16* const* rows, int head_dim, float* panel,
+                                            Beside& beside) {
     int d = 0;
     for (; d + 16 <= head_dim; d += 16, panel += 16 * kLd) {
+      beside.template beside_pack<16 * 16 * sizeof(bf16)>();
       __m512i r[8];
       transpose_16x8([&](int i) ATTEND_LAMBDA { return rows[i] + d; }, r);
 #pragma GCC unroll 8

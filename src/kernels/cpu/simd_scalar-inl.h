@@ -109,8 +109,10 @@ struct Simd {
   }
 
   /// panel[d * kLd + lane] = rows[lane][d] for kLanes rows of head_dim elements.
-  template <int kLd, typename T>
-  ATTEND_INLINE static void pack_transposed(const T* const* rows, int head_dim, float* panel) {
+  template <int kLd, typename T, typename Beside>
+  ATTEND_INLINE static void pack_transposed(const T* const* rows, int head_dim, float* panel,
+                                            Beside& beside) {
+    beside.template beside_pack<0>();
     for (int d = 0; d < head_dim; ++d)
       for (int i = 0; i < kLanes; ++i) panel[d * kLd + i] = to_f32(rows[i][d]);
   }

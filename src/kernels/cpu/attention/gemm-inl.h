@@ -6,36 +6,66 @@
 /// Keys or dimensions of one unrolled step of the tiles' loops.
 inline constexpr int kUnroll = 4;
 
-/// Rows that will be read soon, fetched into L2 a few lines at a time beside the arithmetic:
-/// hardware prefetchers do not follow a block table, and a burst of prefetches would only fill the
-/// line buffers.
+/// The next piece's rows, fetched into L2 a few lines at a time beside all of the arithmetic:
+/// hardware prefetchers do not follow a block table, a burst would only fill the line buffers, and
+/// a phase without prefetches would leave memory idle. Each phase says how many bytes of the
+/// current piece it works on; the shares are the phases' shares of the time, so that a piece's work
+/// fetches about one piece.
 template <typename T>
 struct PrefetchRows {
-  const T* const* row;  // as many rows as the loop that fetches reads
-  int head_dim;
-  int col = 0;
-  /// `kBytes` from here on, a multiple of 64; then the cursor moves on, to the next row at the end
-  /// of one. Runs over a row's end rather than splitting a step: prefetches never fault.
-  template <int kBytes>
-  ATTEND_INLINE void bytes() {
-    const char* at = reinterpret_cast<const char*>(*row + col);
-    for (int i = 0; i < kBytes; i += 64) __builtin_prefetch(at + i, 0, 2);
-    col += kBytes / static_cast<int>(sizeof(T));
-    const bool done = col >= head_dim;
-    col = done ? 0 : col;
-    row += done ? 1 : 0;
+  const T* const* row;     // next row that no run holds yet: keys first,
+  const T* const* values;  // then values,
+  const T* const* end;     // up to here
+  int head_dim_qk, head_dim_v;
+  const char* at = nullptr;  // the current run of rows that follow each other in memory
+  const char* run_end = nullptr;
+
+  ATTEND_INLINE void next_run() {
+    // At the end the last row is fetched again and again, which is harmless.
+    const T* const* from = row < end ? row : end - 1;
+    const bool is_key = from < values;
+    const int dim = is_key ? head_dim_qk : head_dim_v;
+    const T* const* limit = is_key ? values : end;
+    const T* after = *from + dim;
+    for (row = from + 1; row < limit && *row == after; ++row) after += dim;
+    at = reinterpret_cast<const char*>(*from);
+    run_end = reinterpret_cast<const char*>(after);
   }
+  /// May run over the run's end: prefetches never fault.
+  template <int kLines>
+  ATTEND_INLINE void lines() {
+    for (int i = 0; i < kLines; ++i) __builtin_prefetch(at + 64 * i, 0, 2);
+    at += 64 * kLines;
+    if (at >= run_end) next_run();
+  }
+  template <int kBytes>
+  ATTEND_INLINE void beside_pack() {
+    lines<kBytes / 64 * 3 / 8>();
+  }
+  template <int kBytes>
+  ATTEND_INLINE void beside_qk() {
+    lines<kBytes / 64 * 3 / 4>();
+  }
+  template <int kBytes>
+  ATTEND_INLINE void beside_pv() {
+    lines<kBytes / 64 * 3 / 4>();
+  }
+  ATTEND_INLINE void beside_softmax_row() { lines<16>(); }
 };
 struct NoPrefetch {
   template <int kBytes>
-  ATTEND_INLINE void bytes() {}
+  ATTEND_INLINE void beside_pack() {}
+  template <int kBytes>
+  ATTEND_INLINE void beside_qk() {}
+  template <int kBytes>
+  ATTEND_INLINE void beside_pv() {}
 };
 
 /// s[r * kPieceSize + j] = sum_d q[r * head_dim + d] * panel[d * kPanelKeys + j], R rows.
-/// Prefetches kBytesPerStep bytes each kUnroll dimensions.
-template <int R, int kBytesPerStep, typename Prefetch>
+/// The keys had kKeyBytes bytes an element before they were packed.
+template <int R, int kKeyBytes, typename Prefetch>
 ATTEND_INLINE void qk_tile(const float* q, int head_dim, const float* panel, float* s,
-                           Prefetch prefetch) {
+                           Prefetch& prefetch) {
   constexpr int kStep = Simd::kTileVecs * Simd::kLanes;
   for (int j = 0; j < plan::kPanelKeys; j += kStep) {
     Simd::F c[R][Simd::kTileVecs];
@@ -43,7 +73,7 @@ ATTEND_INLINE void qk_tile(const float* q, int head_dim, const float* panel, flo
       for (int v = 0; v < Simd::kTileVecs; ++v) c[r][v] = Simd::zero();
     const float* b = panel + j;
     for (int d = 0; d < head_dim; d += kUnroll, b += kUnroll * plan::kPanelKeys) {
-      if (j == 0) prefetch.template bytes<kBytesPerStep>();
+      prefetch.template beside_qk<kUnroll * kStep * kKeyBytes>();
       for (int i = 0; i < kUnroll; ++i) {
         Simd::F key[Simd::kTileVecs];
         for (int v = 0; v < Simd::kTileVecs; ++v)
@@ -164,8 +194,7 @@ ATTEND_INLINE void pv_tile(const PvRows& t, const Values& values, int begin, int
   };
   int j = begin;
   for (; j + kUnroll <= end; j += kUnroll) {
-    // As many bytes as these keys' values take, in whole lines.
-    prefetch.template bytes<kUnroll * V * Simd::kLanes * Values::kBytesPerColumn / 64 * 64>();
+    prefetch.template beside_pv<kUnroll * V * Simd::kLanes * Values::kBytesPerColumn>();
     for (int i = 0; i < kUnroll; ++i) add_key(j + i);
   }
   for (; j < end; ++j) add_key(j);

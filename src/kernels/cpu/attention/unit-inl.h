@@ -16,6 +16,7 @@ struct UnitRunner : UnitState<T> {
   bool values_finite;
   bool values_scanned;
   bool has_next;  // the next_ pointers are set
+  PrefetchRows<T> next;
 
   void load_queries() {
     // With softcap the tile computes its argument, else the logit in log2 units.
@@ -88,13 +89,23 @@ struct UnitRunner : UnitState<T> {
     repeat(range.hi, kPieceSize);
   }
 
+  /// A single tile means decode, bound by memory: it fetches the next piece meanwhile.
+  bool fetches() const { return rows <= Simd::kTileRows; }
+
   ATTEND_NOINLINE float* k_panel(int panel, bool keep_all) {
     float* to = k_panels + (keep_all ? std::int64_t{panel} * plan::kPanelKeys * p.head_dim_qk : 0);
     if (keep_all && packed_panel[panel]) return to;
     packed_panel[panel] = true;
     const int first = panel * plan::kPanelKeys;
-    for (int j = 0; j < plan::kPanelKeys; j += Simd::kLanes)
-      Simd::pack_transposed<plan::kPanelKeys>(k_rows + first + j, p.head_dim_qk, to + j);
+    NoPrefetch none;
+    for (int j = 0; j < plan::kPanelKeys; j += Simd::kLanes) {
+      const T* const* keys = k_rows + first + j;
+      if (fetches()) {
+        Simd::pack_transposed<plan::kPanelKeys>(keys, p.head_dim_qk, to + j, next);
+      } else {
+        Simd::pack_transposed<plan::kPanelKeys>(keys, p.head_dim_qk, to + j, none);
+      }
+    }
     return to;
   }
 
@@ -147,16 +158,13 @@ struct UnitRunner : UnitState<T> {
         if (key_begin >= tile.hi || key_begin + plan::kPanelKeys <= tile.lo) continue;
         const float* qr = q + std::int64_t{r} * p.head_dim_qk;
         float* sr = s + std::int64_t{r - begin} * kPieceSize + key_begin;
-        // A single tile means decode, bound by memory: it fetches the next piece meanwhile.
-        const bool fetch = has_next && rows <= Simd::kTileRows;
         with_tile_rows(tile_end - r, [&](auto height) ATTEND_LAMBDA {
           constexpr int kHeight = decltype(height)::value;
-          if (fetch) {
-            const PrefetchRows<T> next{next_k_rows + key_begin, p.head_dim_qk};
-            constexpr int kBytes = kUnroll * plan::kPanelKeys * static_cast<int>(sizeof(T));
-            qk_tile<kHeight, kBytes>(qr, p.head_dim_qk, keys, sr, next);
+          if (fetches()) {
+            qk_tile<kHeight, sizeof(T)>(qr, p.head_dim_qk, keys, sr, next);
           } else {
-            qk_tile<kHeight, 0>(qr, p.head_dim_qk, keys, sr, NoPrefetch{});
+            NoPrefetch none;
+            qk_tile<kHeight, sizeof(T)>(qr, p.head_dim_qk, keys, sr, none);
           }
         });
       }
@@ -182,6 +190,7 @@ struct UnitRunner : UnitState<T> {
       const KeyRange tile = piece_range(r0, tile_end, base);
       const KeyRange span{tile.lo / 16 * 16, static_cast<int>(plan::round_up(tile.hi, 16))};
       for (int r = r0; r < tile_end; ++r) {
+        if (fetches()) next.beside_softmax_row();
         const RowSums sums =
             row_probabilities(r, s + std::int64_t{r - begin} * kPieceSize, span, base);
         piece_m[r] = sums.max;
@@ -220,21 +229,20 @@ struct UnitRunner : UnitState<T> {
     }
     // All columns of a few rows at a time: whole rows follow each other in memory, which is what
     // hardware prefetchers like. The panels are free and hold the sums between two groups of rows.
-    PrefetchRows<T> next{has_next ? next_v_rows : v_rows, p.head_dim_v};
     t.parked = v_panels;
     for (int from = tile.lo; from < tile.hi;) {
       const int group_end = (from / plan::kPanelKeys + 1) * plan::kPanelKeys;
       const int to = group_end < tile.hi ? group_end : tile.hi;
       t.first = from == tile.lo;
       t.last = to == tile.hi;
-      add_cached_values<R>(t, KeyRange{from, to}, next);
+      add_cached_values<R>(t, KeyRange{from, to});
       from = to;
     }
   }
 
   /// The columns of add_values for keys as they lie in the cache.
   template <int R>
-  ATTEND_INLINE void add_cached_values(PvRows t, KeyRange keys, PrefetchRows<T>& next) {
+  ATTEND_INLINE void add_cached_values(PvRows t, KeyRange keys) {
     constexpr int kStep = Simd::kTileVecs * Simd::kLanes;
     const auto columns = [&](auto values) ATTEND_LAMBDA {
       if constexpr (2 * R <= Simd::kTileRows)
@@ -348,6 +356,10 @@ struct UnitRunner : UnitState<T> {
       next_k_rows = k_swap;
       next_v_rows = v_swap;
       point_next(piece + 1);
+      // Without a next piece the lines at hand are fetched again.
+      const T* const* ahead = has_next ? next_k_rows : k_rows;
+      next = {ahead, ahead + kPieceSize, ahead + 2 * kPieceSize, p.head_dim_qk, p.head_dim_v};
+      next.next_run();
       run_piece(piece);
       if (split) {
         store_partials(piece, partials);
