@@ -34,7 +34,7 @@ constexpr Shape kShapes[] = {
      DType::bf16, 256, 128, 128, 32, 8, 128, 0},
     {"decode_bf16_gqa8_d128_32k",
      "one token for each of 4 requests of 32768 keys, 32 query and 4 kv heads, shuffled blocks of "
-     "32",
+     "128",
      Bound::memory, DType::bf16, 4, 1, 32768, 32, 4, 128, 128},
     {"single_token_128", "one token, 128 keys, 32 query and 8 kv heads, bf16: latency",
      Bound::memory, DType::bf16, 1, 1, 128, 32, 8, 128, 32},

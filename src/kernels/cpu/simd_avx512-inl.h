@@ -169,6 +169,26 @@ struct Simd {
       for (int i = 0; i < 8; ++i) store(panel + i * kLd, _mm512_castsi512_ps(r[i]));
     }
   }
+  /// panel[d / 2 * kLd + lane] = the bf16 pair rows[lane][d], rows[lane][d + 1]; head_dim is a
+  /// multiple of 16. Half the stores of pack_transposed, for panels that are read once.
+  template <int kLd, typename Beside>
+  ATTEND_INLINE static void pack_pairs(const bf16* const* rows, int head_dim, float* panel,
+                                       Beside& beside) {
+    for (int d = 0; d < head_dim; d += 16, panel += 8 * kLd) {
+      beside.template beside_pack<16 * 16 * sizeof(bf16)>();
+      __m512i r[8];
+      transpose_16x8([&](int i) ATTEND_LAMBDA { return rows[i] + d; }, r);
+#pragma GCC unroll 8
+      for (int i = 0; i < 8; ++i) _mm512_storeu_si512(panel + i * kLd, r[i]);
+    }
+  }
+  ATTEND_INLINE static F first_of_pairs(const float* p) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_loadu_si512(p), 16));
+  }
+  ATTEND_INLINE static F second_of_pairs(const float* p) {
+    return _mm512_castsi512_ps(_mm512_and_si512(_mm512_loadu_si512(p), _mm512_set1_epi32(-65536)));
+  }
+
   /// A 32-bit element is a pair of bf16: the transpose moves pairs, then they split.
   template <int kLd, typename Beside>
   ATTEND_INLINE static void pack_transposed(const bf16* const* rows, int head_dim, float* panel,

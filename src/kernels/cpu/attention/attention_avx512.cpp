@@ -13,6 +13,7 @@
 #include "kernels/cpu/region.h"
 
 #define ATTEND_HALF_VECTOR 1
+#define ATTEND_BF16_PAIRS 1
 
 ATTEND_REGION_BEGIN("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")
 namespace attend::cpu::avx512 {

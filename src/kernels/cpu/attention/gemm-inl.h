@@ -61,23 +61,41 @@ struct NoPrefetch {
   ATTEND_INLINE void beside_pv() {}
 };
 
-/// s[r * kPieceSize + j] = sum_d q[r * head_dim + d] * panel[d * kPanelKeys + j], R rows.
+/// Packed keys: at[d * kPanelKeys + j].
+struct KeyPanel {
+  const float* at;
+  ATTEND_INLINE Simd::F load(int d, int j) const {
+    return Simd::load(at + d * plan::kPanelKeys + j);
+  }
+  ATTEND_INLINE void next_dims() { at += kUnroll * plan::kPanelKeys; }
+};
+#if ATTEND_BF16_PAIRS
+/// Packed bf16 pairs: at[d / 2 * kPanelKeys + j] holds dimensions d and d + 1.
+struct PairedKeyPanel {
+  const float* at;
+  ATTEND_INLINE auto load(int d, int j) const {
+    const float* pairs = at + d / 2 * plan::kPanelKeys + j;
+    return d % 2 == 0 ? Simd::first_of_pairs(pairs) : Simd::second_of_pairs(pairs);
+  }
+  ATTEND_INLINE void next_dims() { at += kUnroll / 2 * plan::kPanelKeys; }
+};
+#endif
+
+/// s[r * kPieceSize + j] = sum_d q[r * head_dim + d] * key j's dimension d, R rows.
 /// The keys had kKeyBytes bytes an element before they were packed.
-template <int R, int kKeyBytes, typename Prefetch>
-ATTEND_INLINE void qk_tile(const float* q, int head_dim, const float* panel, float* s,
-                           Prefetch& prefetch) {
+template <int R, int kKeyBytes, typename Keys, typename Prefetch>
+ATTEND_INLINE void qk_tile(const float* q, int head_dim, Keys panel, float* s, Prefetch& prefetch) {
   constexpr int kStep = Simd::kTileVecs * Simd::kLanes;
   for (int j = 0; j < plan::kPanelKeys; j += kStep) {
     Simd::F c[R][Simd::kTileVecs];
     for (int r = 0; r < R; ++r)
       for (int v = 0; v < Simd::kTileVecs; ++v) c[r][v] = Simd::zero();
-    const float* b = panel + j;
-    for (int d = 0; d < head_dim; d += kUnroll, b += kUnroll * plan::kPanelKeys) {
+    Keys keys = panel;
+    for (int d = 0; d < head_dim; d += kUnroll, keys.next_dims()) {
       prefetch.template beside_qk<kUnroll * kStep * kKeyBytes>();
       for (int i = 0; i < kUnroll; ++i) {
         Simd::F key[Simd::kTileVecs];
-        for (int v = 0; v < Simd::kTileVecs; ++v)
-          key[v] = Simd::load(b + i * plan::kPanelKeys + v * Simd::kLanes);
+        for (int v = 0; v < Simd::kTileVecs; ++v) key[v] = keys.load(i, j + v * Simd::kLanes);
         for (int r = 0; r < R; ++r) {
           const Simd::F a = Simd::set1(q[r * head_dim + d + i]);
           for (int v = 0; v < Simd::kTileVecs; ++v) c[r][v] = Simd::fma(a, key[v], c[r][v]);

@@ -92,6 +92,12 @@ struct UnitRunner : UnitState<T> {
   /// A single tile means decode, bound by memory: it fetches the next piece meanwhile.
   bool fetches() const { return rows <= Simd::kTileRows; }
 
+#if ATTEND_BF16_PAIRS
+  /// A single tile reads each panel once.
+  static constexpr bool kMayPackPairs = std::is_same_v<T, bf16>;
+  bool packs_pairs() const { return kMayPackPairs && fetches() && p.head_dim_qk % 16 == 0; }
+#endif
+
   ATTEND_NOINLINE float* k_panel(int panel, bool keep_all) {
     float* to = k_panels + (keep_all ? std::int64_t{panel} * plan::kPanelKeys * p.head_dim_qk : 0);
     if (keep_all && packed_panel[panel]) return to;
@@ -100,6 +106,14 @@ struct UnitRunner : UnitState<T> {
     NoPrefetch none;
     for (int j = 0; j < plan::kPanelKeys; j += Simd::kLanes) {
       const T* const* keys = k_rows + first + j;
+#if ATTEND_BF16_PAIRS
+      if constexpr (kMayPackPairs) {
+        if (packs_pairs()) {
+          Simd::template pack_pairs<plan::kPanelKeys>(keys, p.head_dim_qk, to + j, next);
+          continue;
+        }
+      }
+#endif
       if (fetches()) {
         Simd::pack_transposed<plan::kPanelKeys>(keys, p.head_dim_qk, to + j, next);
       } else {
@@ -160,11 +174,19 @@ struct UnitRunner : UnitState<T> {
         float* sr = s + std::int64_t{r - begin} * kPieceSize + key_begin;
         with_tile_rows(tile_end - r, [&](auto height) ATTEND_LAMBDA {
           constexpr int kHeight = decltype(height)::value;
+#if ATTEND_BF16_PAIRS
+          if constexpr (kMayPackPairs) {
+            if (packs_pairs()) {
+              qk_tile<kHeight, sizeof(T)>(qr, p.head_dim_qk, PairedKeyPanel{keys}, sr, next);
+              return;
+            }
+          }
+#endif
           if (fetches()) {
-            qk_tile<kHeight, sizeof(T)>(qr, p.head_dim_qk, keys, sr, next);
+            qk_tile<kHeight, sizeof(T)>(qr, p.head_dim_qk, KeyPanel{keys}, sr, next);
           } else {
             NoPrefetch none;
-            qk_tile<kHeight, sizeof(T)>(qr, p.head_dim_qk, keys, sr, none);
+            qk_tile<kHeight, sizeof(T)>(qr, p.head_dim_qk, KeyPanel{keys}, sr, none);
           }
         });
       }
