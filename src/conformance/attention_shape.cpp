@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 
 namespace attend::conformance {
 namespace {
@@ -86,6 +87,11 @@ void random_mask(Rng& rng, AttentionShape& s) {
   if (rng.chance(0.3)) s.softcap = rng.pick({0.5F, 5.0F, 30.0F, 50.0F});
   if (rng.chance(0.3)) {
     s.alibi = rng.chance(0.5) ? AlibiSlopes::per_head : AlibiSlopes::per_request_and_head;
+    s.alibi_sqrt = rng.chance(0.4);
+  }
+  if (rng.chance(0.3)) {
+    s.sinks = true;
+    s.lse_includes_sink = rng.chance(0.5);
   }
 }
 
@@ -118,6 +124,8 @@ std::string AttentionShape::describe() const {
   if (softcap > 0.0F) text += fmt::format(" softcap {}", softcap);
   if (alibi == AlibiSlopes::per_head) text += " alibi [Hq]";
   if (alibi == AlibiSlopes::per_request_and_head) text += " alibi [B,Hq]";
+  if (alibi_sqrt) text += " sqrt";
+  if (sinks) text += lse_includes_sink ? " sinks in lse" : " sinks";
   return text;
 }
 
@@ -136,7 +144,7 @@ AttentionShape random_shape(Rng& rng, const ShapeLimits& limits) {
   return s;
 }
 
-AttentionParams make_params(Rng& rng, const AttentionShape& shape, Storage& slopes) {
+AttentionParams make_params(Rng& rng, const AttentionShape& shape, HeadValues& values) {
   AttentionParams p;
   p.causal = shape.causal;
   p.window_left = shape.window_left;
@@ -145,7 +153,20 @@ AttentionParams make_params(Rng& rng, const AttentionShape& shape, Storage& slop
   if (!shape.default_scale) {
     p.scale = static_cast<float>((0.3 + rng.uniform()) / std::sqrt(shape.head_dim));
   }
+  if (shape.sinks) {
+    values.sinks = Storage(rng, DType::f32, {shape.q_heads()});
+    for (const std::int64_t offset : values.sinks.offsets()) {
+      // Far above every logit, far below, absent, or of their size.
+      const double usual = 8.0 * rng.uniform() - 2.0;
+      values.sinks.set(offset, rng.pick({usual, usual, 300.0, -300.0,
+                                         -std::numeric_limits<double>::infinity()}));
+    }
+    p.sinks = values.sinks.view();
+    p.lse_includes_sink = shape.lse_includes_sink;
+  }
   if (shape.alibi == AlibiSlopes::none) return p;
+  p.alibi_sqrt = shape.alibi_sqrt;
+  Storage& slopes = values.slopes;
   if (shape.alibi == AlibiSlopes::per_head) {
     slopes = Storage(rng, DType::f32, {shape.q_heads()});
   } else {

@@ -22,6 +22,9 @@ struct AttentionShape {
   int window_left = -1, window_right = -1;
   float softcap = 0.0F;
   AlibiSlopes alibi = AlibiSlopes::none;
+  bool alibi_sqrt = false;
+  bool sinks = false;
+  bool lse_includes_sink = false;
   bool default_scale = true;
   double query_magnitude = 1.0;  ///< large ones give peaked softmaxes
   double value_magnitude = 1.0;
@@ -48,8 +51,13 @@ struct ShapeLimits {
 /// Heads, sizes, lengths and mask features, each alone and in every combination.
 AttentionShape random_shape(Rng& rng, const ShapeLimits& limits = {});
 
-/// Scale, mask, softcap and slopes as the op takes them; slopes point into `slopes`.
-AttentionParams make_params(Rng& rng, const AttentionShape& shape, Storage& slopes);
+/// Values per head that the parameters point to.
+struct HeadValues {
+  Storage slopes, sinks;
+};
+
+/// Scale, mask, softcap, slopes and sinks as the op takes them.
+AttentionParams make_params(Rng& rng, const AttentionShape& shape, HeadValues& values);
 
 /// A block size that paged ops accept.
 int random_block_size(Rng& rng);

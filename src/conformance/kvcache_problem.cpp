@@ -45,7 +45,7 @@ KvCacheProblem::KvCacheProblem(Rng& rng) : shape(random_shape(rng, decode_like()
   q.set_random(rng, shape.query_magnitude);
   out = Storage(rng, shape.dtype, {requests, query_len, shape.q_heads(), shape.head_dim_v}, rows);
   if (options.lse) lse = Storage(rng, DType::f32, {requests, shape.q_heads(), query_len}, rows);
-  params = make_params(rng, shape, slopes);
+  params = make_params(rng, shape, head_values);
   make_caches(rng);
   fill_caches(rng);
   if (options.append) make_append(rng);

@@ -41,7 +41,8 @@ struct KvCacheProblem {
   KvCacheOptions options;
   int num_appended = 0;  ///< per request
   std::vector<std::int32_t> cached, left_pad, cache_row;
-  Storage q, k_cache, v_cache, k_new, v_new, out, lse, slopes;
+  Storage q, k_cache, v_cache, k_new, v_new, out, lse;
+  HeadValues head_values;
   Storage cache_seqlens, cache_batch_idx, cache_leftpad, block_table, rotary_cos, rotary_sin;
   AttentionParams params;
 

@@ -34,7 +34,7 @@ VarlenProblem::VarlenProblem(Rng& rng, AttentionShape attention_shape, const Var
     lse = Storage(rng, DType::f32, {tokens, shape.q_heads()}, lse_layout);
   }
   query_start_loc = int_storage(rng, start);
-  params = make_params(rng, shape, slopes);
+  params = make_params(rng, shape, head_values);
   if (options.kv == KvStorage::ragged) {
     make_ragged(rng);
   } else {

@@ -37,7 +37,8 @@ struct VarlenProblem {
 
   AttentionShape shape;
   VarlenOptions options;
-  Storage q, k, v, out, lse, slopes;
+  Storage q, k, v, out, lse;
+  HeadValues head_values;
   Storage query_start_loc, cu_seqlens_kv, seq_lens, block_table;
   AttentionParams params;
 

@@ -17,6 +17,7 @@ bool is_paged(const FlashAttnVarlenArgs& a) { return a.block_table.defined(); }
 /// No written tensor may hold what tells where to read.
 void check_side_inputs(const FlashAttnVarlenArgs& a) {
   for (const auto& [name, t] : {std::pair{"alibi_slopes", a.params.alibi_slopes},
+                                {"sinks", a.params.sinks},
                                 {"block_table", a.block_table},
                                 {"query_start_loc", a.query_start_loc},
                                 {"cu_seqlens_kv", a.cu_seqlens_kv},

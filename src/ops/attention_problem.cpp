@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <limits>
 
 #include "core/check.h"
 #include "plan/unit_layout.h"
@@ -15,6 +16,18 @@ void check_head_size(std::string_view op, std::string_view name, const ConstTens
   const std::int64_t d = t.shape[t.rank - 1];
   check::require(d > 0 && d % 8 == 0 && d <= 256, {op, name},
                  "a head size (last dimension) that is a multiple of 8 in [8, 256]", d);
+}
+
+void check_sinks(std::string_view op, const ConstTensorView& sinks, std::int64_t num_q_heads) {
+  if (!sinks.defined()) return;
+  const check::Where where{op, "sinks"};
+  check::tensor(where, sinks, 1, {DType::f32});
+  check::shape(where, sinks, {num_q_heads});
+  for (std::int64_t h = 0; h < num_q_heads; ++h) {
+    const float sink = sinks.as<float>()[h * sinks.strides[0]];
+    check::require(sink < std::numeric_limits<float>::infinity(), where, "finite or -infinity",
+                   [&] { return fmt::format("{} at index {}", sink, h); });
+  }
 }
 
 }  // namespace
@@ -69,6 +82,7 @@ void check_params(std::string_view op, const AttentionParams& params, std::int64
                  "a finite value >= 0 (0 = off)", params.softcap);
   check::require(params.window_left >= -1, {op, "window_left"}, ">= -1", params.window_left);
   check::require(params.window_right >= -1, {op, "window_right"}, ">= -1", params.window_right);
+  check_sinks(op, params.sinks, num_q_heads);
   const ConstTensorView& slopes = params.alibi_slopes;
   if (!slopes.defined()) return;
   const check::Where where{op, "alibi_slopes"};
@@ -155,6 +169,12 @@ cpu::AttentionProblem base_problem(const AttentionParams& params, const Attentio
     p.alibi_slopes = slopes.as<float>();
     p.alibi_stride_request = slopes.rank == 2 ? slopes.strides[0] : 0;
     p.alibi_stride_head = slopes.strides[slopes.rank - 1];
+    p.alibi_sqrt = params.alibi_sqrt;
+  }
+  if (params.sinks.defined()) {
+    p.sinks = params.sinks.as<float>();
+    p.sink_stride = params.sinks.strides[0];
+    p.lse_includes_sink = params.lse_includes_sink;
   }
   return p;
 }

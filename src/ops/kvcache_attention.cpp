@@ -97,6 +97,7 @@ RequestRows request_rows(const Args& a, std::int64_t r) {
 /// No written tensor may hold what tells where or how to read.
 void check_side_inputs(const Args& a) {
   for (const auto& [name, t] : {std::pair{"alibi_slopes", a.params.alibi_slopes},
+                                {"sinks", a.params.sinks},
                                 {"block_table", a.block_table},
                                 {"cache_seqlens", a.cache_seqlens},
                                 {"cache_batch_idx", a.cache_batch_idx},

@@ -30,9 +30,11 @@ double logit_error(const RowResult& r, int head_dim_qk) {
 double weight_error(const RowResult& r, int head_dim_qk) {
   const double largest_logit =
       (r.softcap > 0.0 ? std::min(r.softcap, r.logit_magnitude) : r.logit_magnitude) +
-      r.bias_magnitude;
+      r.bias_magnitude + r.sink_magnitude;
   const double pieces = num_pieces(r);
-  return logit_error(r, head_dim_qk) + 4 * kUnit * largest_logit + (1 + pieces) * kExp2Error;
+  const double sink_error = r.has_sink ? 2 * kExp2Error + 3 * kUnit : 0.0;
+  return logit_error(r, head_dim_qk) + 4 * kUnit * largest_logit + (1 + pieces) * kExp2Error +
+         sink_error;
 }
 
 /// Relative error of adding the weights, or of adding weight times value.
@@ -61,7 +63,7 @@ double out_error_bound(const RowResult& r, int d, int head_dim_qk, DType out_dty
 
 double lse_error_bound(const RowResult& r, int head_dim_qk) {
   if (r.visible_keys == 0) return 0.0;
-  const double largest_logit = r.logit_magnitude + r.bias_magnitude;
+  const double largest_logit = r.logit_magnitude + r.bias_magnitude + r.sink_magnitude;
   const double logarithm = 4 * kUnit * (std::abs(r.lse) + largest_logit) + kExp2Error;
   return kSafety * (weight_error(r, head_dim_qk) + sum_error(r) + logarithm);
 }

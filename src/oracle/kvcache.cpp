@@ -139,6 +139,7 @@ void attend_head(const Args& a, std::int64_t request, std::int64_t kv_head, Resu
           rotated(a, a.q, offset_of(a.q, {request, i, head}), n.cached + (local ? i : 0));
       p.position = i + p.num_keys - query_len;
       p.alibi_slope = alibi_slope(a.params, request, head);
+      p.sink = sink(a.params, head);
       RowResult r = row(p, [&](int d) { return q[static_cast<std::size_t>(d)]; }, k, v);
       if (inexact_rotation) widen_for_rotation(r, p, q, k);
       store(a, {request, i, head}, r, dim + (inexact_rotation ? kRotationTerms : 0), result);

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <optional>
 #include <vector>
 
 #include "oracle/element.h"
@@ -39,6 +40,8 @@ inline RowProblem row_problem(const AttentionParams& params, int head_dim_qk, in
   p.window_left = params.window_left;
   p.window_right = params.window_right;
   p.softcap = params.softcap;
+  p.alibi_sqrt = params.alibi_sqrt;
+  p.lse_includes_sink = params.lse_includes_sink;
   return p;
 }
 
@@ -48,6 +51,12 @@ inline std::int64_t first_visible_key(const AttentionParams& params, std::int64_
                                       std::int64_t query_len) {
   if (params.window_left < 0) return 0;
   return std::clamp<std::int64_t>(num_keys - query_len - params.window_left, 0, num_keys);
+}
+
+/// Sink of a head; unset if there are none.
+inline std::optional<double> sink(const AttentionParams& params, std::int64_t head) {
+  if (!params.sinks.defined()) return std::nullopt;
+  return at(params.sinks, {head});
 }
 
 /// Slope of a head: [Hq] or [B, Hq]; 0 if ALiBi is off.

@@ -24,6 +24,12 @@ inline KeyRange visible_range(const RowProblem& p) noexcept {
   return r;
 }
 
+/// What the ALiBi slope multiplies for key j.
+inline double distance(const RowProblem& p, std::int64_t j) {
+  if (!p.alibi_sqrt) return static_cast<double>(std::abs(p.position - j));
+  return std::sqrt(static_cast<double>(std::max<std::int64_t>(p.position - j, 0)));
+}
+
 /// The definition, as written down: logits, softmax, weighted sum. `q(d)`, `k(j, d)`, `v(j, d)`
 /// take the place of the functions in `p`.
 template <typename Q, typename K, typename V>
@@ -34,8 +40,14 @@ RowResult row(const RowProblem& p, const Q& q, const K& k, const V& v) {
   r.abs_out.assign(dv, 0.0);
   r.lse = -std::numeric_limits<double>::infinity();
   r.softcap = p.softcap;
+  const bool has_sink = p.sink.has_value() && std::isfinite(*p.sink);
+  r.has_sink = has_sink;
+  if (has_sink) r.sink_magnitude = std::abs(*p.sink);
   const KeyRange keys = visible_range(p);
-  if (keys.begin >= keys.end) return r;
+  if (keys.begin >= keys.end) {
+    if (has_sink && p.lse_includes_sink) r.lse = *p.sink;
+    return r;
+  }
   r.visible_keys = keys.end - keys.begin;
 
   std::vector<double> query(static_cast<std::size_t>(p.head_dim_qk));
@@ -52,7 +64,7 @@ RowResult row(const RowProblem& p, const Q& q, const K& k, const V& v) {
     }
     double logit = dot * p.scale;
     if (p.softcap > 0.0) logit = p.softcap * std::tanh(logit / p.softcap);
-    const double bias = -p.alibi_slope * static_cast<double>(std::abs(p.position - j));
+    const double bias = -p.alibi_slope * distance(p, j);
     logit += bias;
     weights.push_back(logit);
     largest = std::max(largest, logit);
@@ -62,6 +74,12 @@ RowResult row(const RowProblem& p, const Q& q, const K& k, const V& v) {
   double sum = 0.0;
   for (double& w : weights) sum += w = std::exp(w - largest);
   r.lse = largest + std::log(sum);
+  if (has_sink) {
+    const double top = std::max(r.lse, *p.sink);
+    const double with_sink = top + std::log(std::exp(r.lse - top) + std::exp(*p.sink - top));
+    sum = std::exp(with_sink - largest);
+    if (p.lse_includes_sink) r.lse = with_sink;
+  }
   for (std::int64_t j = keys.begin; j < keys.end; ++j) {
     const double weight = weights[static_cast<std::size_t>(j - keys.begin)] / sum;
     for (std::size_t d = 0; d < dv; ++d) {

@@ -60,6 +60,7 @@ Result flash_attn_varlen(const FlashAttnVarlenArgs& a) {
         const std::int64_t head = kv_head * group_size + n % group_size;
         p.position = i + p.num_keys - query_len;
         p.alibi_slope = alibi_slope(a.params, request, head);
+        p.sink = sink(a.params, head);
         const auto q = [&](int d) { return at(a.q, {first + i, head, d}); };
         const RowResult r = row(p, q, k, v);
         const auto at_row = static_cast<std::size_t>((first + i) * q_heads + head);

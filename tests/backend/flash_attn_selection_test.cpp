@@ -82,11 +82,25 @@ TEST(FlashAttnSelection, GivesAllReasonsInOrder) {
                   "kv_cache_dtype not supported: fp8 (must be auto, f16, bf16 or f32)",
                   "block_size not supported: 8 (must be a multiple of 16)",
                   "partial multimodal token full attention not supported", "MLA not supported",
-                  "attention sinks not supported", "square-root ALiBi not supported",
                   "sparse not supported", "per-head quant scales not supported",
                   "compute capability not supported: 7.0 (must be at least 8.0)",
                   "attention type encoder_decoder not supported (must be decoder, encoder or "
-                  "encoder_only)"));
+                  "encoder_only)",
+                  "sink not supported on compute capability < 9.0"));
+}
+
+TEST(FlashAttnSelection, SinksAndSqrtAlibiAreSupported) {
+  for (const char* platform : {"cpu", "cuda:9.0"}) {
+    AttentionConfig config = plain_config(platform);
+    config.has_sink = config.use_alibi_sqrt = true;
+    EXPECT_NE(select_backend(config).backend, nullptr) << platform;
+  }
+  AttentionConfig config = plain_config("cuda:8.0");
+  config.has_sink = true;
+  config.kv_cache_dtype = "f16";
+  EXPECT_THAT(reasons_against_flash_attn(select_backend(config)),
+              ElementsAre("sink not supported on compute capability < 9.0; kv_cache_dtype f16 "
+                          "differs from dtype bf16 (the cache stores keys as they are)"));
 }
 
 TEST(FlashAttnSelection, CacheMustHaveTheComputeType) {
@@ -124,7 +138,7 @@ TEST(RequireBackend, ReturnsTheChoice) {
 TEST(RequireBackend, ThrowsEveryReasonOfEveryCandidate) {
   AttentionConfig config = plain_config();
   config.head_size = 100;
-  config.has_sink = true;
+  config.use_sparse = true;
   try {
     require_backend(config);
     FAIL() << "no exception";
@@ -132,7 +146,7 @@ TEST(RequireBackend, ThrowsEveryReasonOfEveryCandidate) {
     EXPECT_EQ(e.reasons().size(), backends().size());
     EXPECT_THAT(e.what(), HasSubstr("head_size=100"));
     EXPECT_THAT(e.what(), HasSubstr("FLASH_ATTN: [head_size not supported: 100 (must be a multiple "
-                                    "of 8, at most 256), attention sinks not supported]"));
+                                    "of 8, at most 256), sparse not supported]"));
   }
   try {
     require_backend(config, "FLASH_ATTN");

@@ -27,9 +27,9 @@ TEST(SelectCommand, NothingFitsIsExitCode1WithEveryReason) {
               HasSubstr("rejected    FLASH_ATTN\n"
                         "            - head_size not supported: 100 (must be a multiple of 8, at "
                         "most 256)\n"
-                        "            - attention sinks not supported\n"
                         "            - compute capability not supported: 7.5 (must be at least "
-                        "8.0)\n"));
+                        "8.0)\n"
+                        "            - sink not supported on compute capability < 9.0\n"));
 }
 
 TEST(SelectCommand, EveryOptionReachesTheConfiguration) {

@@ -63,6 +63,8 @@ constexpr auto kRagged = KvStorage::ragged;
 constexpr auto kPaged = KvStorage::paged_nhd;
 const float kNan = std::nanf("");
 constexpr float kInf = std::numeric_limits<float>::infinity();
+const float kNanSinks[] = {0.0F, 1.0F, std::nanf(""), 1.0F};
+constexpr float kInfiniteSinks[] = {0.0F, 1.0F, 2.0F, kInf};
 
 const std::vector<Spoilt> kTensors{
     {"null q", "q", kRagged, [](A& a, P&) { a.q.data = nullptr; }},
@@ -173,6 +175,16 @@ const std::vector<Spoilt> kParams{
     {"NaN softcap", "softcap", kRagged, [](A& a, P&) { a.params.softcap = kNan; }},
     {"window_left of -2", "window_left", kRagged, [](A& a, P&) { a.params.window_left = -2; }},
     {"window_right of -2", "window_right", kRagged, [](A& a, P&) { a.params.window_right = -2; }},
+    {"number of sinks", "sinks", kRagged,
+     [](A& a, P& p) { a.params.sinks = {p.q.view().data, DType::f32, {3}}; }},
+    {"rank of sinks", "sinks", kRagged,
+     [](A& a, P& p) { a.params.sinks = {p.q.view().data, DType::f32, {1, 4}}; }},
+    {"dtype of sinks", "sinks", kPaged,
+     [](A& a, P& p) { a.params.sinks = {p.q.view().data, DType::bf16, {4}}; }},
+    {"a sink that is NaN", "sinks", kPaged,
+     [](A& a, P&) { a.params.sinks = {kNanSinks, DType::f32, {4}}; }},
+    {"a sink that is infinite", "sinks", kRagged,
+     [](A& a, P&) { a.params.sinks = {kInfiniteSinks, DType::f32, {4}}; }},
     {"number of slopes", "alibi_slopes", kRagged,
      [](A& a, P& p) { a.params.alibi_slopes = {p.q.view().data, DType::f32, {3}}; }},
     {"rows of slopes", "alibi_slopes", kRagged,

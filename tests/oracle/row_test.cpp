@@ -71,6 +71,40 @@ TEST(OracleRow, AlibiIsTheDistanceTimesTheSlope) {
   EXPECT_DOUBLE_EQ(r.lse, std::log(2 * std::exp(-0.5) + 1.0));
 }
 
+TEST(OracleRow, SquareRootAlibiCountsEarlierKeysOnly) {
+  RowProblem p = scalar_problem(0.0, {0, 0, 0, 0, 0, 0}, {1, 0, 0, 0, 0, 0});
+  p.alibi_slope = 0.5;
+  p.alibi_sqrt = true;
+  p.causal = false;
+  p.position = 4;
+  const double sum = std::exp(-1.0) + std::exp(-0.5 * std::sqrt(3.0)) +
+                     std::exp(-0.5 * std::sqrt(2.0)) + std::exp(-0.5) + 2.0;
+  const RowResult r = attention_row(p);
+  EXPECT_DOUBLE_EQ(r.out[0], std::exp(-1.0) / sum);
+  EXPECT_DOUBLE_EQ(r.lse, std::log(sum));
+}
+
+TEST(OracleRow, ASinkTakesWeightAndGivesNothing) {
+  RowProblem p = scalar_problem(1.0, {0.0, 1.0}, {1.0, 0.0});
+  p.sink = 2.0;
+  const double keys = 1.0 + std::exp(1.0), all = keys + std::exp(2.0);
+  RowResult r = attention_row(p);
+  EXPECT_DOUBLE_EQ(r.out[0], 1.0 / all);
+  EXPECT_DOUBLE_EQ(r.lse, std::log(keys));
+  p.lse_includes_sink = true;
+  EXPECT_DOUBLE_EQ(attention_row(p).lse, std::log(all));
+  // Far above every logit, where a common maximum would lose the keys.
+  p.sink = 2000.0;
+  p.lse_includes_sink = false;
+  r = attention_row(p);
+  EXPECT_EQ(r.out[0], 0.0);
+  EXPECT_DOUBLE_EQ(r.lse, std::log(keys));
+  p.num_keys = 0;
+  EXPECT_EQ(attention_row(p).lse, -std::numeric_limits<double>::infinity());
+  p.lse_includes_sink = true;
+  EXPECT_EQ(attention_row(p).lse, 2000.0);
+}
+
 TEST(OracleRow, BiasIsAddedAfterTheSoftcap) {
   RowProblem p = scalar_problem(1.0, {0.0, 100.0}, {0.0, 1.0});
   p.causal = false;

@@ -31,7 +31,7 @@ BatchData::BatchData(Rng& rng, AttentionShape batch_shape) : shape(std::move(bat
   q.set_random(rng, shape.query_magnitude);
   k.set_random(rng, 1.0);
   v.set_random(rng, shape.value_magnitude);
-  params = conformance::make_params(rng, shape, slopes);
+  params = conformance::make_params(rng, shape, head_values);
 }
 
 SteppedBatch::SteppedBatch(Rng& rng, const BatchData& data, const StepOptions& options)
@@ -98,9 +98,9 @@ void SteppedBatch::step(const std::vector<Part>& parts) {
     part_query_start_.push_back(part_query_start_.back() + p.end - p.begin);
     part_seq_lens_.push_back(s.seq_lens[r] - s.query_lens[r] + p.end);
     part_key_start_.push_back(part_key_start_.back() + part_seq_lens_.back());
-    for (int h = 0; h < s.q_heads() && data_.slopes.view().rank == 2; ++h) {
-      part_slopes_.push_back(
-          static_cast<float>(data_.slopes.get(data_.slopes.offset({p.request, h}))));
+    for (int h = 0; h < s.q_heads() && data_.head_values.slopes.view().rank == 2; ++h) {
+      part_slopes_.push_back(static_cast<float>(
+          data_.head_values.slopes.get(data_.head_values.slopes.offset({p.request, h}))));
     }
     if (!blocks_) continue;
     write_keys(p.request, part_seq_lens_.back());
@@ -186,7 +186,10 @@ AttentionShape random_steps_shape(Rng& rng, std::int64_t products, bool any_mask
   if (rng.chance(0.3)) {
     s.alibi = rng.pick(
         {conformance::AlibiSlopes::per_head, conformance::AlibiSlopes::per_request_and_head});
+    s.alibi_sqrt = rng.chance(0.4);
   }
+  s.sinks = rng.chance(0.3);
+  s.lse_includes_sink = rng.chance(0.5);
   s.query_magnitude = rng.pick({1.0, 4.0});
   const int requests = rng.range(1, 4);
   const std::int64_t pairs =

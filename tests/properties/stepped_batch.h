@@ -26,7 +26,7 @@ struct BatchData {
   AttentionShape shape;
   Storage q;     ///< [T, Hq, D]
   Storage k, v;  ///< [S, Hkv, D], [S, Hkv, Dv]
-  Storage slopes;
+  conformance::HeadValues head_values;
   AttentionParams params;
 };
 

@@ -122,6 +122,9 @@ struct ImplConfig {
   float softcap = 0.0F;               ///< 0 = off
   std::optional<int> sliding_window;  ///< keys visible including the own one, >= 1; unset = all
   std::vector<float> alibi_slopes;    ///< [num_q_heads] or empty
+  bool use_alibi_sqrt = false;        ///< as AttentionParams::alibi_sqrt
+  std::vector<float> sinks;           ///< [num_q_heads], as AttentionParams::sinks, or empty
+  bool lse_includes_sink = false;     ///< as in AttentionParams
   AttentionType attn_type = AttentionType::decoder;
   DType dtype = DType::bf16;
   std::string kv_cache_dtype = "auto";

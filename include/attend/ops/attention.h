@@ -13,6 +13,7 @@
 /// the visible j; out_i = sum_j p_ij v_j. Query i of a request (0-based, of query_len) stands at
 /// absolute position i + seq_len - query_len (bottom-right alignment). Query head h reads kv head
 /// h / (Hq / Hkv). All sums in float32. A row without a visible key: out 0, lse -infinity.
+/// A sink is one more logit without a value: it takes its share of the softmax and adds nothing.
 namespace attend {
 
 /// How logits become probabilities.
@@ -24,6 +25,15 @@ struct AttentionParams {
   float softcap = 0.0F;        ///< logits become softcap * tanh(logits / softcap); 0 = off
   /// f32 [Hq] or [B, Hq]; undefined view = off. Bias: -slope * |position - j|.
   ConstTensorView alibi_slopes;
+  /// Bias -slope * sqrt(position - j) for keys up to the position and 0 after it, instead of the
+  /// above (sqrt-ALiBi; the definition of vLLM's Triton kernels). Has no effect without slopes.
+  bool alibi_sqrt = false;
+  /// f32 [Hq]: a logit per head, neither scaled nor capped; -infinity = none for that head, NaN and
+  /// +infinity are refused; undefined view = off.
+  ConstTensorView sinks;
+  /// true: lse counts the sink (FlashAttention 3's convention; a row without a visible key then has
+  /// lse = sink). false: it does not, so that partial results merge and the sink enters once.
+  bool lse_includes_sink = false;
 };
 
 /// Arguments of flash_attn_varlen. B requests, T query tokens, Hq/Hkv heads, D/Dv head sizes.

@@ -2,6 +2,7 @@
 #pragma once
 #include <cstdint>
 #include <functional>
+#include <optional>
 #include <vector>
 
 #include "attend/ops/attention.h"
@@ -21,6 +22,9 @@ struct RowProblem {
   std::int64_t window_left = -1, window_right = -1;
   double softcap = 0.0;
   double alibi_slope = 0.0;                        ///< 0 = off
+  bool alibi_sqrt = false;                         ///< as in AttentionParams
+  std::optional<double> sink;                      ///< logit of the sink; unset = none
+  bool lse_includes_sink = false;                  ///< as in AttentionParams
   std::function<double(int d)> q;                  ///< value as the kernel sees it (rounded)
   std::function<double(std::int64_t j, int d)> k;  ///< key j
   std::function<double(std::int64_t j, int d)> v;  ///< value row j
@@ -34,6 +38,8 @@ struct RowResult {
   double logit_magnitude = 0.0;  ///< max over visible j of |scale| * sum_d |q_d k_jd|
   double bias_magnitude = 0.0;   ///< max over visible j of the ALiBi bias's absolute value
   double softcap = 0.0;          ///< of the problem; 0 = off
+  bool has_sink = false;         ///< a finite sink was counted
+  double sink_magnitude = 0.0;   ///< its absolute value, else 0
   std::int64_t visible_keys = 0;
 };
 RowResult attention_row(const RowProblem& p);

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <fmt/format.h>
 
+#include <string>
+
 #include "backends/common/kv_cache_dtype.h"
 #include "backends/flash_attn/flash_attn.h"
 #include "backends/flash_attn/metadata.h"
@@ -32,12 +34,18 @@ class FlashAttnBackend final : public Backend {
 
  protected:
   std::optional<std::string> supports_combination(const AttentionConfig& c) const override {
+    std::string reason;
+    if (c.has_sink && c.platform.type == DeviceType::cuda && c.platform.capability() < 90)
+      reason = "sink not supported on compute capability < 9.0";
     // Quantised caches already have their own reason: only the compute types are compared.
     const std::optional<DType> stored = resolve_kv_cache_dtype(c.kv_cache_dtype, c.dtype);
-    if (!stored || !is_float_compute(*stored) || *stored == c.dtype) return std::nullopt;
-    return fmt::format(
-        "kv_cache_dtype {} differs from dtype {} (the cache stores keys as they are)",
-        to_string(*stored), to_string(c.dtype));
+    if (stored && is_float_compute(*stored) && *stored != c.dtype) {
+      reason += fmt::format(
+          "{}kv_cache_dtype {} differs from dtype {} (the cache stores keys as they are)",
+          reason.empty() ? "" : "; ", to_string(*stored), to_string(c.dtype));
+    }
+    if (reason.empty()) return std::nullopt;
+    return reason;
   }
 
  private:
@@ -54,6 +62,8 @@ class FlashAttnBackend final : public Backend {
     can.min_cuda_capability = 80;
     can.supports_non_causal = true;
     can.supports_batch_invariance = true;
+    can.supports_sink = true;
+    can.supports_alibi_sqrt = true;
     return can;
   }
   Capability capability_ = make_capability();

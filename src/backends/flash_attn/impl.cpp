@@ -47,6 +47,14 @@ void check_config(const ImplConfig& c) {
     check::require(std::isfinite(slopes[h]), at("alibi_slopes"), "finite slopes",
                    [&] { return fmt::format("{} at index {}", slopes[h], h); });
   }
+  check::require(
+      c.sinks.empty() || c.sinks.size() == static_cast<std::size_t>(c.num_q_heads), at("sinks"),
+      [&] { return fmt::format("none or {}, one a query head", c.num_q_heads); }, c.sinks.size());
+  for (std::size_t h = 0; h < c.sinks.size(); ++h) {
+    check::require(c.sinks[h] < std::numeric_limits<float>::infinity(), at("sinks"),
+                   "finite or -infinity",
+                   [&] { return fmt::format("{} at index {}", c.sinks[h], h); });
+  }
 }
 
 /// Fills every row with what a row without keys gives. Runs once per layer at start-up.
@@ -192,6 +200,11 @@ class FlashAttnImpl final : public Impl {
     if (!config_.alibi_slopes.empty()) {
       a.params.alibi_slopes =
           ConstTensorView(config_.alibi_slopes.data(), DType::f32, {config_.num_q_heads});
+      a.params.alibi_sqrt = config_.use_alibi_sqrt;
+    }
+    if (!config_.sinks.empty()) {
+      a.params.sinks = ConstTensorView(config_.sinks.data(), DType::f32, {config_.num_q_heads});
+      a.params.lse_includes_sink = config_.lse_includes_sink;
     }
     return a;
   }

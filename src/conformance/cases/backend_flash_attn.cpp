@@ -101,7 +101,7 @@ class FlashAttnBackendCase final : public Case {
       shape_.seq_lens = shape_.query_lens;
     }
     if (shape_.alibi != AlibiSlopes::none) shape_.alibi = AlibiSlopes::per_head;
-    params_ = make_params(rng, shape_, slopes_);
+    params_ = make_params(rng, shape_, head_values_);
     if (is_decoder() && rng.chance(0.2)) {
       for (int r = 0; r < shape_.num_reqs(); ++r) {
         batch_.request_causal.push_back(static_cast<std::uint8_t>(rng.range(0, 1)));
@@ -303,6 +303,12 @@ class FlashAttnBackendCase final : public Case {
       const auto* slopes = params_.alibi_slopes.as<float>();
       c.alibi_slopes.assign(slopes, slopes + shape_.q_heads());
     }
+    c.use_alibi_sqrt = params_.alibi_sqrt;
+    if (params_.sinks.defined()) {
+      const auto* sinks = params_.sinks.as<float>();
+      c.sinks.assign(sinks, sinks + shape_.q_heads());
+    }
+    c.lse_includes_sink = params_.lse_includes_sink;
     c.attn_type = type_;
     c.dtype = shape_.dtype;
     return c;
@@ -315,7 +321,8 @@ class FlashAttnBackendCase final : public Case {
   bool keys_in_cache_, with_lse_;
   std::optional<int> window_;
   AttentionParams params_;
-  Storage slopes_, query_, output_, lse_, key_, value_, cache_;
+  HeadValues head_values_;
+  Storage query_, output_, lse_, key_, value_, cache_;
   KvCacheSpec spec_;
   KvLayout layout_ = KvLayout::nhd;
   int layer_ = 0;

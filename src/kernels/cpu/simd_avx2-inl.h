@@ -18,6 +18,7 @@ struct Simd {
   ATTEND_INLINE static F div(F a, F b) { return _mm256_div_ps(a, b); }
   ATTEND_INLINE static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
   ATTEND_INLINE static F max(F a, F b) { return _mm256_max_ps(a, b); }
+  ATTEND_INLINE static F sqrt(F a) { return _mm256_sqrt_ps(a); }
   ATTEND_INLINE static F abs(F a) { return _mm256_andnot_ps(set1(-0.0F), a); }
   ATTEND_INLINE static float reduce_max(F a) {
     __m128 m = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));

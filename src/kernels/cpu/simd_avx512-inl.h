@@ -18,6 +18,7 @@ struct Simd {
   ATTEND_INLINE static F div(F a, F b) { return _mm512_div_ps(a, b); }
   ATTEND_INLINE static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
   ATTEND_INLINE static F max(F a, F b) { return _mm512_max_ps(a, b); }
+  ATTEND_INLINE static F sqrt(F a) { return _mm512_sqrt_ps(a); }
   ATTEND_INLINE static F abs(F a) { return _mm512_abs_ps(a); }
   ATTEND_INLINE static float reduce_max(F a) { return _mm512_reduce_max_ps(a); }
   ATTEND_INLINE static float reduce_add(F a) { return _mm512_reduce_add_ps(a); }

@@ -44,6 +44,9 @@ struct Simd {
   ATTEND_INLINE static F max(F a, F b) {
     return map([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; });
   }
+  ATTEND_INLINE static F sqrt(F a) {
+    return map([&](int i) { return __builtin_sqrtf(a.v[i]); });
+  }
   ATTEND_INLINE static F abs(F a) {
     return map([&](int i) { return a.v[i] < 0 ? -a.v[i] : a.v[i]; });
   }

@@ -62,6 +62,10 @@ struct AttentionProblem {
   float softcap = 0.0F;                 ///< 0 = off
   const float* alibi_slopes = nullptr;  ///< null = off
   std::int64_t alibi_stride_request = 0, alibi_stride_head = 0;
+  bool alibi_sqrt = false;
+  const float* sinks = nullptr;  ///< [Hq] natural units; null = off
+  std::int64_t sink_stride = 0;
+  bool lse_includes_sink = false;
 };
 
 /// Memory of one call: the partials of split units and each worker's scratch.

@@ -1,39 +1,65 @@
 // SPDX-License-Identifier: Apache-2.0
 // Accumulators to output rows. Included inside an ISA namespace.
 
-/// acc / l. Adding 0 turns -0, which would depend on which masked keys were skipped, into +0.
-ATTEND_INLINE Simd::F normalised(const float* acc, Simd::F sum) {
-  return Simd::add(Simd::div(Simd::load(acc), sum), Simd::zero());
-}
-
-/// to = acc / l in the type of the output; zeros if no key was visible (l = 0; acc is then not
-/// read). `paired`: columns of acc are interleaved.
-template <typename T>
-ATTEND_INLINE void write_row(const AttentionProblem& p, const float* acc, float l, bool paired,
-                             T* to) {
-  if (l == 0.0F) {
-    for (int c = 0; c < p.head_dim_v; ++c) to[c] = T{};
-    return;
-  }
-  const Simd::F sum = Simd::set1(l);
-  int c = 0;
-  if constexpr (std::is_same_v<T, bf16>) {
-    if (paired)
-      for (; c < p.head_dim_v; c += 2 * Simd::kLanes)
-        Simd::narrow_pairs(to + c, normalised(acc + c, sum),
-                           normalised(acc + c + Simd::kLanes, sum));
-  }
-  for (; c + Simd::kLanes <= p.head_dim_v; c += Simd::kLanes)
-    Simd::narrow(to + c, normalised(acc + c, sum));
-#if ATTEND_HALF_VECTOR
-  if (c < p.head_dim_v) Simd::narrow_half(to + c, normalised(acc + c, sum));
-#endif
+/// acc * factor / sum. Adding 0 turns -0, which would depend on which masked keys were skipped,
+/// into +0.
+ATTEND_INLINE Simd::F normalised(const float* acc, Simd::F factor, Simd::F sum) {
+  return Simd::add(Simd::div(Simd::mul(Simd::load(acc), factor), sum), Simd::zero());
 }
 
 /// Natural-log LSE of a state in log2 units; -inf if no key was visible.
 ATTEND_INLINE float log_sum(float m, float l) {
   if (l == 0.0F) return -std::numeric_limits<float>::infinity();
   return kLn2 * (m + __builtin_log2f(l));
+}
+
+ATTEND_INLINE float exp2_one(float x) {
+  float lanes[Simd::kLanes];
+  Simd::store(lanes, Simd::exp2(Simd::set1(x)));
+  return lanes[0];
+}
+
+/// What turns a row's final state into its results: out = acc * factor / sum.
+struct RowTotal {
+  float factor;  // 1 unless a sink is larger than every logit
+  float sum;     // 0: no key was visible
+  float lse;     // natural log
+};
+
+/// Counts the head's sink, once: states are merged without it.
+ATTEND_INLINE RowTotal row_total(const AttentionProblem& p, int head, float m, float l) {
+  if (p.sinks == nullptr) return {1.0F, l, log_sum(m, l)};
+  const float sink = p.sinks[head * p.sink_stride];
+  if (l == 0.0F) return {1.0F, 0.0F, p.lse_includes_sink ? sink : log_sum(m, l)};
+  const float sink_log2 = sink * kLog2e;
+  const float top = m > sink_log2 ? m : sink_log2;
+  const float factor = exp2_one(m - top);
+  const float sum = l * factor + exp2_one(sink_log2 - top);
+  return {factor, sum, p.lse_includes_sink ? log_sum(top, sum) : log_sum(m, l)};
+}
+
+/// to = acc * factor / sum in the type of the output; zeros if no key was visible (acc is then not
+/// read). `paired`: columns of acc are interleaved.
+template <typename T>
+ATTEND_INLINE void write_row(const AttentionProblem& p, const float* acc, const RowTotal& total,
+                             bool paired, T* to) {
+  if (total.sum == 0.0F) {
+    for (int c = 0; c < p.head_dim_v; ++c) to[c] = T{};
+    return;
+  }
+  const Simd::F sum = Simd::set1(total.sum), factor = Simd::set1(total.factor);
+  int c = 0;
+  if constexpr (std::is_same_v<T, bf16>) {
+    if (paired)
+      for (; c < p.head_dim_v; c += 2 * Simd::kLanes)
+        Simd::narrow_pairs(to + c, normalised(acc + c, factor, sum),
+                           normalised(acc + c + Simd::kLanes, factor, sum));
+  }
+  for (; c + Simd::kLanes <= p.head_dim_v; c += Simd::kLanes)
+    Simd::narrow(to + c, normalised(acc + c, factor, sum));
+#if ATTEND_HALF_VECTOR
+  if (c < p.head_dim_v) Simd::narrow_half(to + c, normalised(acc + c, factor, sum));
+#endif
 }
 
 /// Merges the stored partials of one split unit in ascending order, exactly as a whole unit would.
@@ -63,9 +89,9 @@ void reduce_unit(const AttentionProblem& p, const Reduction& u,
     const int tok = u.q_begin + r / p.group_size;
     const int head = u.kv_head * p.group_size + r % p.group_size;
     T* to = static_cast<T*>(p.out) + p.out_layout.offset(p.query_start_loc, u.request, tok, head);
-    write_row(p, acc, state[1][0], has_paired_columns<T>(rows, p.head_dim_v), to);
+    const RowTotal total = row_total(p, head, state[0][0], state[1][0]);
+    write_row(p, acc, total, has_paired_columns<T>(rows, p.head_dim_v), to);
     if (p.lse != nullptr)
-      p.lse[p.lse_layout.offset(p.query_start_loc, u.request, tok, head)] =
-          log_sum(state[0][0], state[1][0]);
+      p.lse[p.lse_layout.offset(p.query_start_loc, u.request, tok, head)] = total.lse;
   }
 }

@@ -16,6 +16,7 @@ struct LogitTerms {
   float softcap_log2;  // softcap * log2(e); 0 = off
   float alibi_log2;    // slope * log2(e); 0 = off
   float position;      // absolute position of the query minus that of the piece's first key
+  bool alibi_sqrt;     // bias by the square root of the distance to earlier keys
 };
 
 template <bool Extra>
@@ -23,8 +24,8 @@ ATTEND_INLINE Simd::F finish_logit(Simd::F x, int j, const LogitTerms& t) {
   if constexpr (Extra) {
     if (t.softcap_log2 > 0.0F) x = Simd::mul(tanh(x), Simd::set1(t.softcap_log2));
     if (t.alibi_log2 != 0.0F) {
-      const Simd::F distance =
-          Simd::abs(Simd::sub(Simd::iota(static_cast<float>(j)), Simd::set1(t.position)));
+      Simd::F distance = Simd::sub(Simd::set1(t.position), Simd::iota(static_cast<float>(j)));
+      distance = t.alibi_sqrt ? Simd::sqrt(Simd::max(distance, Simd::zero())) : Simd::abs(distance);
       x = Simd::fma(Simd::set1(-t.alibi_log2), distance, x);
     }
   }

@@ -198,7 +198,7 @@ struct UnitRunner : UnitState<T> {
     if (p.softcap == 0.0F && p.alibi_slopes == nullptr)
       return softmax_row<false>(sr, span, visible, {});
     LogitTerms t{p.softcap * kLog2e, 0.0F,
-                 static_cast<float>(this->position(this->token(r)) - base)};
+                 static_cast<float>(this->position(this->token(r)) - base), p.alibi_sqrt};
     if (p.alibi_slopes != nullptr)
       t.alibi_log2 =
           kLog2e *
@@ -333,10 +333,11 @@ struct UnitRunner : UnitState<T> {
         const int head = u.kv_head * p.group_size + g;
         T* to =
             static_cast<T*>(p.out) + p.out_layout.offset(p.query_start_loc, u.request, tok, head);
-        write_row(p, acc + std::int64_t{r} * dv_padded, l[r],
+        const RowTotal total = row_total(p, head, m[r], l[r]);
+        write_row(p, acc + std::int64_t{r} * dv_padded, total,
                   has_paired_columns<T>(rows, p.head_dim_v), to);
         if (p.lse != nullptr)
-          p.lse[p.lse_layout.offset(p.query_start_loc, u.request, tok, head)] = log_sum(m[r], l[r]);
+          p.lse[p.lse_layout.offset(p.query_start_loc, u.request, tok, head)] = total.lse;
       }
     }
   }
