@@ -115,14 +115,18 @@ void validate_block_table(const CommonMetadata& m, int block_size) {
   }
 }
 
+void require_slots(std::string_view name, std::span<const std::int64_t> slots) {
+  for (std::size_t i = 0; i < slots.size(); ++i) {
+    check::require(slots[i] >= -1, {kOp, name}, "slots >= 0, or -1 for none",
+                   [&] { return fmt::format("{} at index {}", slots[i], i); });
+  }
+}
+
 void validate_slots(const CommonMetadata& m) {
   // Encoders have no cache: neither a table nor slots.
   require_length_or_empty("slot_mapping", m.slot_mapping, m.num_tokens);
-  for (int t = 0; t < m.num_tokens && !m.slot_mapping.empty(); ++t) {
-    const std::int64_t slot = m.slot_mapping[static_cast<std::size_t>(t)];
-    check::require(slot >= -1, {kOp, "slot_mapping"}, "slots >= 0, or -1 for none",
-                   [&] { return fmt::format("{} at index {}", slot, t); });
-  }
+  if (!m.slot_mapping.empty()) require_slots("slot_mapping", first(m.slot_mapping, m.num_tokens));
+  require_slots("encoder_slot_mapping", m.encoder_slot_mapping);
 }
 
 void validate_optional_fields(const CommonMetadata& m) {

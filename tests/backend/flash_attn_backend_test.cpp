@@ -105,7 +105,21 @@ TEST(FlashAttnImpl, RefusesBadConfigsByName) {
       {"sliding_window", [](auto& c) { c.sliding_window = 0; }},
       {"alibi_slopes", [](auto& c) { c.alibi_slopes.assign(7, 1.0F); }},
       {"alibi_slopes", [=](auto& c) { c.alibi_slopes.assign(8, nan); }},
-      {"attn_type", [](auto& c) { c.attn_type = AttentionType::encoder_decoder; }},
+      {"sliding_window",
+       [](auto& c) {
+         c.attn_type = AttentionType::encoder_decoder;
+         c.sliding_window = 4;
+       }},
+      {"alibi_slopes",
+       [](auto& c) {
+         c.attn_type = AttentionType::encoder_decoder;
+         c.alibi_slopes.assign(8, 1.0F);
+       }},
+      {"shares_kv_cache",
+       [](auto& c) {
+         c.attn_type = AttentionType::encoder_only;
+         c.shares_kv_cache = true;
+       }},
   };
   for (const auto& bad : cases) {
     ImplConfig c = impl_config();
@@ -133,7 +147,21 @@ TEST(FlashAttnBuilder, RefusesBadConfigsByName) {
       {"num_speculative_tokens",
        [](auto& c) { c.num_speculative_tokens = std::numeric_limits<int>::max(); }},
       {"num_workers", [](auto& c) { c.num_workers = 0; }},
-      {"attn_type", [](auto& c) { c.attn_type = AttentionType::encoder_decoder; }},
+      {"window_left",
+       [](auto& c) {
+         c.attn_type = AttentionType::encoder_decoder;
+         c.window_left = 0;
+       }},
+      {"window_right",
+       [](auto& c) {
+         c.attn_type = AttentionType::encoder_decoder;
+         c.window_right = 5;
+       }},
+      {"num_blocks",
+       [](auto& c) {
+         c.attn_type = AttentionType::encoder_decoder;
+         c.cache.num_blocks = 0;
+       }},
   };
   for (const auto& bad : cases) {
     BuilderConfig c = builder_config();

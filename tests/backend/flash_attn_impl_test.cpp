@@ -73,6 +73,22 @@ std::vector<Variant> variants() {
     o.attn_type = AttentionType::encoder_only;
     o.sliding_window = 4;
   });
+  add("encoder_is_never_causal", [&](auto& o) {
+    encoder(o);
+    o.request_causal = {1, 1, 1};
+  });
+  add("encoder_only_is_never_causal", [&](auto& o) {
+    encoder(o);
+    o.attn_type = AttentionType::encoder_only;
+    o.request_causal = {1, 1, 1};
+    o.sliding_window = 11;
+  });
+  add("encoder_only_wide_window", [&](auto& o) {
+    encoder(o);
+    o.attn_type = AttentionType::encoder_only;
+    o.query_lens = {300, 64, 1};
+    o.sliding_window = 70;
+  });
   return all;
 }
 

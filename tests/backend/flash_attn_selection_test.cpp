@@ -61,8 +61,8 @@ TEST(FlashAttnSelection, ServesTheTypesAndModesThatItHas) {
   config.use_non_causal = config.batch_invariant = config.use_kv_connector = true;
   config.block_size = 48;
   config.head_size = 8;
-  for (const auto type :
-       {AttentionType::decoder, AttentionType::encoder, AttentionType::encoder_only}) {
+  for (const auto type : {AttentionType::decoder, AttentionType::encoder,
+                          AttentionType::encoder_only, AttentionType::encoder_decoder}) {
     config.attn_type = type;
     EXPECT_NE(select_backend(config).backend, nullptr) << to_string(type);
   }
@@ -73,7 +73,6 @@ TEST(FlashAttnSelection, GivesAllReasonsInOrder) {
   config.head_size = 260;
   config.kv_cache_dtype = "fp8";
   config.block_size = 8;
-  config.attn_type = AttentionType::encoder_decoder;
   config.use_mla = config.has_sink = config.use_sparse = config.use_alibi_sqrt = true;
   config.use_per_head_quant_scales = config.use_mm_prefix = true;
   EXPECT_THAT(
@@ -84,8 +83,6 @@ TEST(FlashAttnSelection, GivesAllReasonsInOrder) {
                   "partial multimodal token full attention not supported", "MLA not supported",
                   "sparse not supported", "per-head quant scales not supported",
                   "compute capability not supported: 7.0 (must be at least 8.0)",
-                  "attention type encoder_decoder not supported (must be decoder, encoder or "
-                  "encoder_only)",
                   "sink not supported on compute capability < 9.0"));
 }
 

@@ -28,8 +28,21 @@ std::vector<int> add(const std::vector<int>& a, const std::vector<int>& b) {
 
 int blocks(int tokens, int block_size) { return (tokens + block_size - 1) / block_size; }
 
+std::vector<int> lengths_of_keys(const StepOptions& o) {
+  return o.encoder_lens.empty() ? add(o.query_lens, o.context_lens) : o.encoder_lens;
+}
+
 std::vector<std::int64_t> token_shape(const StepOptions& o, int heads) {
   return {sum(o.query_lens) + o.padding, heads, o.head_size};
+}
+
+std::vector<std::int64_t> key_shape(const StepOptions& o) {
+  if (o.encoder_lens.empty()) return token_shape(o, o.num_kv_heads);
+  std::int64_t rows = o.padding;
+  for (std::size_t r = 0; r < o.encoder_lens.size(); ++r) {
+    if (o.new_encoder.at(r) != 0) rows += o.encoder_lens[r];
+  }
+  return {rows, o.num_kv_heads, o.head_size};
 }
 
 std::int64_t num_blocks(const StepOptions& o, const std::vector<int>& seq_lens) {
@@ -73,16 +86,17 @@ bool same_bytes(const ConstTensorView& a, const ConstTensorView& b) {
 Step::Step(const StepOptions& o)
     : options(o),
       seq_lens(add(o.query_lens, o.context_lens)),
-      block_table(DType::i32, {num_reqs() + o.padding, table_width(o, seq_lens)}),
+      key_lens(lengths_of_keys(o)),
+      block_table(DType::i32, {num_reqs() + o.padding, table_width(o, key_lens)}),
       query(o.dtype, token_shape(o, o.num_q_heads)),
-      key(o.dtype, token_shape(o, o.num_kv_heads)),
-      value(o.dtype, token_shape(o, o.num_kv_heads)),
+      key(o.dtype, key_shape(o)),
+      value(o.dtype, key_shape(o)),
       output(o.dtype, token_shape(o, o.num_q_heads)),
       lse(DType::f32, {sum(o.query_lens) + o.padding, o.num_q_heads}),
-      cache_memory(o.dtype, flash_attn_cache_shape(cache_spec(o, seq_lens))),
+      cache_memory(o.dtype, flash_attn_cache_shape(cache_spec(o, key_lens))),
       executor(make_thread_pool(o.num_workers)) {
   builder_config.num_q_heads = o.num_q_heads;
-  builder_config.cache = cache_spec(o, seq_lens);
+  builder_config.cache = cache_spec(o, key_lens);
   builder_config.attn_type = o.attn_type;
   builder_config.num_workers = o.num_workers;
   if (o.sliding_window) {
@@ -104,16 +118,22 @@ Step::Step(const StepOptions& o)
   fill_cache();
 }
 
+int Step::first_new_key(int request) const {
+  const auto i = static_cast<std::size_t>(request);
+  if (!is_cross()) return options.context_lens[i];
+  return options.new_encoder[i] != 0 ? 0 : key_lens[i];
+}
+
 void Step::fill_tokens() {
   Rng rng(options.seed);
-  std::int64_t token = 0;
+  std::int64_t token = 0, new_key = 0;
   for (int r = 0; r < num_reqs(); ++r) {
     const auto i = static_cast<std::size_t>(r);
     const int query_len = options.query_lens[i];
     keys_.emplace_back(options.dtype, std::initializer_list<std::int64_t>{
-                                          seq_lens[i], options.num_kv_heads, options.head_size});
+                                          key_lens[i], options.num_kv_heads, options.head_size});
     values_.emplace_back(options.dtype, std::initializer_list<std::int64_t>{
-                                            seq_lens[i], options.num_kv_heads, options.head_size});
+                                            key_lens[i], options.num_kv_heads, options.head_size});
     keys_.back().fill_normal(rng);
     values_.back().fill_normal(rng);
     HostTensor q(options.dtype, {query_len, options.num_q_heads, options.head_size});
@@ -122,11 +142,12 @@ void Step::fill_tokens() {
       for (int h = 0; h < options.num_q_heads; ++h) {
         copy_row(query.view().select(0, token).select(0, h), q.view().select(0, t).select(0, h));
       }
+    }
+    for (int j = first_new_key(r); j < key_lens[i]; ++j, ++new_key) {
       for (int h = 0; h < options.num_kv_heads; ++h) {
-        const std::int64_t j = options.context_lens[i] + t;
-        copy_row(key.view().select(0, token).select(0, h),
+        copy_row(key.view().select(0, new_key).select(0, h),
                  keys_.back().view().select(0, j).select(0, h));
-        copy_row(value.view().select(0, token).select(0, h),
+        copy_row(value.view().select(0, new_key).select(0, h),
                  values_.back().view().select(0, j).select(0, h));
       }
     }
@@ -148,7 +169,7 @@ void Step::fill_batch() {
   batch.query_start_loc = {0};
   for (int r = 0; r < num_reqs(); ++r) {
     const auto i = static_cast<std::size_t>(r);
-    for (int b = 0; b < blocks(seq_lens[i], options.block_size); ++b) {
+    for (int b = 0; b < blocks(key_lens[i], options.block_size); ++b) {
       table[i * width + static_cast<std::size_t>(b)] = free.back();
       free.pop_back();
     }
@@ -163,18 +184,23 @@ void Step::fill_batch() {
   batch.request_causal = options.request_causal;
   if (!is_encoder()) {
     batch.block_table = block_table;
+    auto& slots = is_cross() ? batch.encoder_slot_mapping : batch.slot_mapping;
     for (int r = 0; r < num_reqs(); ++r) {
-      const auto i = static_cast<std::size_t>(r);
-      for (int t = options.context_lens[i]; t < seq_lens[i]; ++t) {
-        batch.slot_mapping.push_back(slot(r, t));
+      for (int j = first_new_key(r); j < key_lens[static_cast<std::size_t>(r)]; ++j) {
+        slots.push_back(slot(r, j));
       }
     }
-    batch.slot_mapping.resize(batch.slot_mapping.size() + static_cast<std::size_t>(options.padding),
-                              -1);
+    slots.resize(slots.size() + static_cast<std::size_t>(options.padding), -1);
+  }
+  if (is_cross()) {
+    batch.encoder_seq_lens.assign(key_lens.begin(), key_lens.end());
+    // What the decoder's own layers would be given: no business of cross attention.
+    batch.slot_mapping.assign(static_cast<std::size_t>(batch.num_tokens), kGarbage);
   }
   for (int p = 0; p < options.padding; ++p) {
     batch.query_start_loc.push_back(-kGarbage);
     batch.seq_lens.push_back(kGarbage);
+    if (is_cross()) batch.encoder_seq_lens.push_back(kGarbage);
   }
 }
 
@@ -187,7 +213,7 @@ void Step::fill_cache() {
   if (layered) cache = cache.select(0, options.num_layers - 1);
   for (int r = 0; r < num_reqs(); ++r) {
     const auto i = static_cast<std::size_t>(r);
-    for (int t = 0; t < options.context_lens[i]; ++t) {
+    for (int t = 0; t < first_new_key(r); ++t) {
       const std::int64_t s = slot(r, t);
       for (int h = 0; h < options.num_kv_heads; ++h) {
         const auto row = [&](int plane) {
@@ -249,7 +275,7 @@ void Step::expect_request(int request) const {
   if (query_len == 0) return;
   const std::int32_t first = batch.query_start_loc[i];
   const std::int32_t query_start_loc[] = {0, query_len};
-  const std::int32_t cu_seqlens_kv[] = {0, seq_lens[i]};
+  const std::int32_t cu_seqlens_kv[] = {0, key_lens[i]};
   FlashAttnVarlenArgs a;
   a.q = query.view().slice(0, first, query_len);
   a.k = keys_[i];
@@ -258,7 +284,7 @@ void Step::expect_request(int request) const {
   a.query_start_loc = ConstTensorView(query_start_loc, DType::i32, {2});
   a.cu_seqlens_kv = ConstTensorView(cu_seqlens_kv, DType::i32, {2});
   a.params.causal =
-      !is_encoder() &&
+      !is_encoder() && !is_cross() &&
       (options.request_causal.empty() ? options.causal : options.request_causal[i] != 0);
   a.params.window_left = builder_config.window_left;
   a.params.window_right = builder_config.window_right;
@@ -304,7 +330,7 @@ void Step::expect_cache() const {
   };
   for (int r = 0; r < num_reqs(); ++r) {
     const auto i = static_cast<std::size_t>(r);
-    for (int t = 0; t < seq_lens[i]; ++t) {
+    for (int t = 0; t < key_lens[i]; ++t) {
       const std::int64_t s = slot(r, t);
       used.insert(s);
       for (int h = 0; h < options.num_kv_heads; ++h) {

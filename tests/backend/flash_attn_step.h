@@ -22,6 +22,9 @@ struct StepOptions {
   int head_size = 16;
   DType dtype = DType::f32;
   AttentionType attn_type = AttentionType::decoder;
+  std::vector<int> encoder_lens = {};  ///< encoder_decoder: keys a request
+  /// encoder_decoder, a request: 1 = this step brings its keys, 0 = they are in the cache.
+  std::vector<std::uint8_t> new_encoder = {};
   KvLayout layout = KvLayout::nhd;
   int num_layers = 0;  ///< > 0: the step works on the last layer of a cache with that many
   int block_size = 16;
@@ -41,6 +44,7 @@ class Step {
 
   StepOptions options;
   std::vector<int> seq_lens;
+  std::vector<int> key_lens;  ///< keys a request: seq_lens, or encoder_lens
   CommonMetadata batch;
   BuilderConfig builder_config;
   ImplConfig impl_config;
@@ -52,7 +56,12 @@ class Step {
   Buffer workspace;
 
   int num_reqs() const noexcept { return static_cast<int>(seq_lens.size()); }
-  bool is_encoder() const noexcept { return options.attn_type != AttentionType::decoder; }
+  bool is_cross() const noexcept { return options.attn_type == AttentionType::encoder_decoder; }
+  bool is_encoder() const noexcept {
+    return options.attn_type != AttentionType::decoder && !is_cross();
+  }
+  /// Of a request's keys those that this step brings begin here.
+  int first_new_key(int request) const;
   ForwardArgs forward_args();
   std::unique_ptr<Metadata> build(int common_prefix_len = 0);
   /// Builds and runs.

@@ -31,6 +31,7 @@ class CommonMetadataTest : public ::testing::Test {
     m_.request_causal = {1, 0, 1, 0};
     m_.is_prefilling = {0, 1, 1, 0};
     m_.encoder_seq_lens = {4, 0, 2, 0};
+    m_.encoder_slot_mapping = {8, 9, -1};
     m_.dcp_local_seq_lens = {17, 2, 9, 0};
     m_.logits_indices = {0, 3, 5};
   }
@@ -133,6 +134,8 @@ TEST_F(CommonMetadataTest, RefusesBadOptionalFields) {
   EXPECT_EQ(error_after([](auto& m) { m.positions[4] = -1; }), "positions: -1 at index 4");
   EXPECT_EQ(error_after([](auto& m) { m.encoder_seq_lens[0] = -1; }),
             "encoder_seq_lens: -1 at index 0");
+  EXPECT_EQ(error_after([](auto& m) { m.encoder_slot_mapping = {3, -1, -2}; }),
+            "encoder_slot_mapping: -2 at index 2");
   EXPECT_EQ(error_after([](auto& m) { m.dcp_local_seq_lens[1] = 4; }),
             "dcp_local_seq_lens: 4 at index 1");
   EXPECT_EQ(error_after([](auto& m) { m.logits_indices[1] = 6; }), "logits_indices: 6 at index 1");
@@ -149,6 +152,7 @@ TEST_F(CommonMetadataTest, UnpaddedCutsEveryField) {
   EXPECT_THAT(u.request_causal, ElementsAre(1, 0));
   EXPECT_THAT(u.is_prefilling, ElementsAre(0, 1));
   EXPECT_THAT(u.encoder_seq_lens, ElementsAre(4, 0));
+  EXPECT_THAT(u.encoder_slot_mapping, ElementsAre(8, 9, -1)) << "rows of the encoder, not of T";
   EXPECT_THAT(u.dcp_local_seq_lens, ElementsAre(17, 2));
   EXPECT_THAT(u.logits_indices, ElementsAre(0, 3));
   EXPECT_EQ(u.block_table.shape[0], 2);

@@ -80,7 +80,7 @@ enum class GraphSupport : std::uint8_t {
 struct BuilderConfig {
   int num_q_heads = 0;
   KvCacheSpec cache;     ///< num_blocks may be 0 for encoders: they have no cache
-  int window_left = -1;  ///< as in AttentionParams
+  int window_left = -1;  ///< as in AttentionParams; encoder_decoder: both -1
   int window_right = -1;
   int num_speculative_tokens = 0;
   int num_workers = 1;  ///< workers of the executor that will run the plans
@@ -104,7 +104,8 @@ class MetadataBuilder {
   /// @throws InvalidArgument if the batch breaks an invariant.
   virtual std::unique_ptr<Metadata> build(int common_prefix_len, const CommonMetadata& batch,
                                           bool fast_build = false) = 0;
-  /// Copy of `m` for another cache group that differs only in these two.
+  /// Copy of `m` for another cache group that differs only in these two. For encoder_decoder
+  /// metadata `slot_mapping` takes the place of encoder_slot_mapping.
   virtual std::unique_ptr<Metadata> update_block_table(
       const Metadata& m, const ConstTensorView& block_table,
       std::span<const std::int64_t> slot_mapping) const = 0;
@@ -118,24 +119,30 @@ struct ImplConfig {
   int num_q_heads = 0;
   int num_kv_heads = 0;
   int head_size = 0;
-  std::optional<float> scale;         ///< unset = 1 / sqrt(head_size)
-  float softcap = 0.0F;               ///< 0 = off
-  std::optional<int> sliding_window;  ///< keys visible including the own one, >= 1; unset = all
-  std::vector<float> alibi_slopes;    ///< [num_q_heads] or empty
-  bool use_alibi_sqrt = false;        ///< as AttentionParams::alibi_sqrt
-  std::vector<float> sinks;           ///< [num_q_heads], as AttentionParams::sinks, or empty
-  bool lse_includes_sink = false;     ///< as in AttentionParams
+  std::optional<float> scale;  ///< unset = 1 / sqrt(head_size)
+  float softcap = 0.0F;        ///< 0 = off
+  /// Keys visible including the own one, >= 1; unset = all. encoder_decoder: unset.
+  std::optional<int> sliding_window;
+  std::vector<float> alibi_slopes;  ///< [num_q_heads] or empty; encoder_decoder: empty
+  bool use_alibi_sqrt = false;      ///< as AttentionParams::alibi_sqrt
+  std::vector<float> sinks;         ///< [num_q_heads], as AttentionParams::sinks, or empty
+  bool lse_includes_sink = false;   ///< as in AttentionParams
   AttentionType attn_type = AttentionType::decoder;
   DType dtype = DType::bf16;
   std::string kv_cache_dtype = "auto";
+  /// The layer owns no cache: it is given the one that an earlier layer has written in this step,
+  /// writes nothing and ignores key and value. Not for encoders, which have no cache to share.
+  bool shares_kv_cache = false;
 };
 
 /// Tensors of one layer's call. T may exceed the batch's num_tokens (padding): rows beyond it are
 /// neither read nor written.
 struct ForwardArgs {
   ConstTensorView query;  ///< [T, Hq, D]
-  ConstTensorView key;    ///< [T, Hkv, D]; undefined = keys are already in the cache
-  ConstTensorView value;  ///< [T, Hkv, D]; given iff key is
+  /// [T, Hkv, D]; undefined = keys are already in the cache. encoder_decoder: [E, Hkv, D] or
+  /// longer, the encoder's rows that CommonMetadata::encoder_slot_mapping gives slots to.
+  ConstTensorView key;
+  ConstTensorView value;  ///< like key; given iff key is
   /// Logical shape of Backend::kv_cache_shape(); undefined for encoders without cache.
   TensorView kv_cache;
   TensorView output;  ///< [T, Hq, D]

@@ -30,8 +30,12 @@ struct CommonMetadata {
   std::vector<std::uint8_t> is_prefilling;
   /// [T] or empty: absolute position of each query token.
   std::vector<std::int64_t> positions;
-  /// [B] or empty: number of encoder tokens (encoder-decoder attention only).
+  /// [B] or empty: number of encoder tokens, the keys of encoder-decoder attention; other types do
+  /// not look at it. 0 = a request without encoder input.
   std::vector<std::int32_t> encoder_seq_lens;
+  /// [E]: flat slot, in the cache of the encoder-decoder layers, of each encoder K/V row that this
+  /// step brings; -1 = do not write. Empty in steps that bring none. E is independent of T.
+  std::vector<std::int64_t> encoder_slot_mapping;
   /// [B] or empty: keys held by this rank under decode context parallelism.
   std::vector<std::int32_t> dcp_local_seq_lens;
   /// Query-token indices whose logits are wanted, or empty (= not known).
@@ -53,6 +57,7 @@ struct CommonMetadata {
   void validate(int block_size = 0) const;
 
   /// Copy without padding: the first `reqs` requests and `tokens` tokens of every field.
+  /// encoder_slot_mapping belongs to the encoder's rows and is copied whole.
   CommonMetadata unpadded(int tokens, int reqs) const;
 };
 

@@ -5,7 +5,6 @@
 
 #include "backends/common/kv_cache_dtype.h"
 #include "backends/flash_attn/flash_attn.h"
-#include "backends/flash_attn/metadata.h"
 #include "core/check.h"
 
 namespace attend::flash_attn {
@@ -57,7 +56,8 @@ class FlashAttnBackend final : public Backend {
     can.head_size_multiple = kHeadSizeMultiple;
     can.max_head_size = kMaxHeadSize;
     can.block_sizes = {kBlockSizeMultiple};
-    can.attn_types = {AttentionType::decoder, AttentionType::encoder, AttentionType::encoder_only};
+    can.attn_types = {AttentionType::decoder, AttentionType::encoder, AttentionType::encoder_only,
+                      AttentionType::encoder_decoder};
     can.devices = {DeviceType::cpu, DeviceType::cuda};
     can.min_cuda_capability = 80;
     can.supports_non_causal = true;
@@ -93,11 +93,6 @@ void check_block_size(std::string_view op, int block_size) {
   check::require(
       block_size >= 1 && block_size % kBlockSizeMultiple == 0, {op, "block_size"},
       [] { return fmt::format("a positive multiple of {}", kBlockSizeMultiple); }, block_size);
-}
-
-void check_attn_type(std::string_view op, AttentionType type) {
-  check::require(type == AttentionType::decoder || is_encoder(type), {op, "attn_type"},
-                 "decoder, encoder or encoder_only", to_string(type));
 }
 
 }  // namespace attend::flash_attn

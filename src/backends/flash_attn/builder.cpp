@@ -20,7 +20,6 @@ constexpr int kMaxSpeculativeTokens = 1 << 20;
 
 void check_config(const BuilderConfig& c) {
   const auto at = [](std::string_view argument) { return check::Where{kMakeOp, argument}; };
-  check_attn_type(kMakeOp, c.attn_type);
   check_heads(kMakeOp, c.num_q_heads, c.cache.num_kv_heads, c.cache.head_size);
   check::require(is_float_compute(c.cache.dtype), at("cache.dtype"), "f32, f16 or bf16",
                  to_string(c.cache.dtype));
@@ -28,8 +27,15 @@ void check_config(const BuilderConfig& c) {
     c.cache.validate();
     check_block_size(kMakeOp, c.cache.block_size);
   }
-  check::require(c.window_left >= -1, at("window_left"), "a number >= -1", c.window_left);
-  check::require(c.window_right >= -1, at("window_right"), "a number >= -1", c.window_right);
+  const auto window = [&](std::string_view name, int tokens) {
+    if (is_cross(c.attn_type)) {
+      check::require(tokens == -1, at(name), "-1 (queries have no place among the encoder's keys)",
+                     tokens);
+    }
+    check::require(tokens >= -1, at(name), "a number >= -1", tokens);
+  };
+  window("window_left", c.window_left);
+  window("window_right", c.window_right);
   check::require(
       c.num_speculative_tokens >= 0 && c.num_speculative_tokens <= kMaxSpeculativeTokens,
       at("num_speculative_tokens"),
@@ -59,12 +65,11 @@ void check_block_table(std::string_view op, const ConstTensorView& table, const 
       [&] { return describe(table); });
 }
 
-/// The first `num_tokens` slots, or none; each -1 or a row of the cache.
-std::vector<std::int64_t> checked_slots(std::string_view op, std::span<const std::int64_t> slots,
-                                        int num_tokens, const KvCacheSpec& cache) {
+/// The first `num_rows` slots, or none; each -1 or a row of the cache.
+std::vector<std::int64_t> checked_slots(check::Where where, std::span<const std::int64_t> slots,
+                                        int num_rows, const KvCacheSpec& cache) {
   if (slots.empty()) return {};
-  const check::Where where{op, "slot_mapping"};
-  const auto count = static_cast<std::size_t>(num_tokens);
+  const auto count = static_cast<std::size_t>(num_rows);
   check::require(
       slots.size() >= count, where,
       [&] { return fmt::format("none or at least {} entries", count); }, slots.size());
@@ -87,20 +92,25 @@ class FlashAttnBuilder final : public MetadataBuilder {
   std::unique_ptr<Metadata> build(int common_prefix_len, const CommonMetadata& padded,
                                   bool /*fast_build*/) override {
     const bool encoder = is_encoder(config_.attn_type);
-    padded.validate(encoder ? 0 : config_.cache.block_size);
+    const bool cross = is_cross(config_.attn_type);
+    // The table of cross attention holds encoder keys: its width has nothing to do with seq_lens.
+    padded.validate(encoder || cross ? 0 : config_.cache.block_size);
     const CommonMetadata batch = padded.unpadded(padded.num_tokens, padded.num_reqs);
     check_common_prefix(common_prefix_len, batch);
     if (encoder) check_no_context(batch);
+    if (cross) check_encoder_fields(batch);
 
     auto metadata = std::make_unique<FlashAttnMetadata>();
     metadata->plan = std::make_shared<const AttentionPlan>(plan(batch));
     metadata->attn_type = config_.attn_type;
-    metadata->causal = !encoder && batch.causal;
-    metadata->all_causal = !encoder && all_causal(batch);
+    metadata->causal = !encoder && !cross && batch.causal;
+    metadata->all_causal = !encoder && !cross && all_causal(batch);
     metadata->window_left = config_.window_left;
     metadata->window_right = config_.window_right;
     metadata->num_reqs = batch.num_reqs;
     metadata->num_tokens = batch.num_tokens;
+    metadata->num_new_keys =
+        cross ? static_cast<int>(batch.encoder_slot_mapping.size()) : batch.num_tokens;
     metadata->split =
         split_decodes_and_prefills(batch, {.decode_threshold = *reorder_batch_threshold()});
     if (encoder) return metadata;
@@ -108,7 +118,9 @@ class FlashAttnBuilder final : public MetadataBuilder {
     metadata->block_size = config_.cache.block_size;
     metadata->block_table = batch.block_table;
     metadata->slot_mapping =
-        checked_slots(kBuildOp, batch.slot_mapping, batch.num_tokens, config_.cache);
+        checked_slots({kBuildOp, cross ? "encoder_slot_mapping" : "slot_mapping"},
+                      cross ? batch.encoder_slot_mapping : batch.slot_mapping,
+                      metadata->num_new_keys, config_.cache);
     return metadata;
   }
 
@@ -121,7 +133,8 @@ class FlashAttnBuilder final : public MetadataBuilder {
                    old == nullptr ? "another back end's" : "an encoder's");
     check_block_table(kUpdateOp, block_table, *old->plan, config_.cache.block_size);
     auto updated = std::make_unique<FlashAttnMetadata>(*old);
-    updated->slot_mapping = checked_slots(kUpdateOp, slot_mapping, old->num_tokens, config_.cache);
+    updated->slot_mapping =
+        checked_slots({kUpdateOp, "slot_mapping"}, slot_mapping, old->num_new_keys, config_.cache);
     updated->block_size = config_.cache.block_size;
     updated->block_table =
         block_table.defined() ? block_table.slice(0, 0, old->num_reqs) : block_table;
@@ -137,7 +150,7 @@ class FlashAttnBuilder final : public MetadataBuilder {
     AttentionPlanInput input;
     input.op = kBuildOp.data();
     input.query_start_loc = batch.query_start_loc;
-    input.seq_lens = batch.seq_lens;
+    input.seq_lens = is_cross(config_.attn_type) ? batch.encoder_seq_lens : batch.seq_lens;
     input.num_q_heads = config_.num_q_heads;
     input.num_kv_heads = config_.cache.num_kv_heads;
     input.head_dim_qk = config_.cache.head_size;
@@ -145,9 +158,8 @@ class FlashAttnBuilder final : public MetadataBuilder {
     input.window_left = config_.window_left;
     input.window_right = config_.window_right;
     input.num_workers = config_.num_workers;
-    if (is_encoder(config_.attn_type)) {
-      input.causal = false;
-    } else {
+    input.causal = false;
+    if (config_.attn_type == AttentionType::decoder) {
       input.causal = batch.causal;
       input.request_causal = batch.request_causal;
     }
@@ -170,6 +182,19 @@ class FlashAttnBuilder final : public MetadataBuilder {
                              limit);
         },
         common_prefix_len);
+  }
+
+  /// Cross attention needs the number of encoder keys of every request.
+  static void check_encoder_fields(const CommonMetadata& batch) {
+    check::require(
+        batch.encoder_seq_lens.size() == static_cast<std::size_t>(batch.num_reqs),
+        {kBuildOp, "encoder_seq_lens"},
+        [&] { return fmt::format("{} entries, the keys of each request", batch.num_reqs); },
+        batch.encoder_seq_lens.size());
+    check::require(batch.encoder_slot_mapping.size() <=
+                       static_cast<std::size_t>(std::numeric_limits<std::int32_t>::max()),
+                   {kBuildOp, "encoder_slot_mapping"}, "fewer than 2^31 entries",
+                   batch.encoder_slot_mapping.size());
   }
 
   /// An encoder sees this step's tokens and nothing else.

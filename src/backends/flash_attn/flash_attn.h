@@ -22,7 +22,5 @@ std::unique_ptr<Impl> make_impl(const ImplConfig& config);
 /// Checks that both makers share. `op` is the name in the error.
 void check_heads(std::string_view op, int num_q_heads, int num_kv_heads, int head_size);
 void check_block_size(std::string_view op, int block_size);
-/// Decoder and the two encoder types.
-void check_attn_type(std::string_view op, AttentionType type);
 
 }  // namespace attend::flash_attn

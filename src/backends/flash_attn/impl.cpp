@@ -22,7 +22,6 @@ constexpr std::string_view kForwardOp = "FLASH_ATTN.forward";
 
 void check_config(const ImplConfig& c) {
   const auto at = [](std::string_view argument) { return check::Where{kMakeOp, argument}; };
-  check_attn_type(kMakeOp, c.attn_type);
   check_heads(kMakeOp, c.num_q_heads, c.num_kv_heads, c.head_size);
   check::require(is_float_compute(c.dtype), at("dtype"), "f32, f16 or bf16", to_string(c.dtype));
   check::require(
@@ -38,6 +37,15 @@ void check_config(const ImplConfig& c) {
     check::require(*c.sliding_window >= 1, at("sliding_window"), "unset or >= 1",
                    *c.sliding_window);
   }
+  if (is_cross(c.attn_type)) {
+    // Both depend on the place of a query among its keys, and cross attention has none.
+    check::require(!c.sliding_window, at("sliding_window"), "unset for encoder_decoder",
+                   c.sliding_window.value_or(0));
+    check::require(c.alibi_slopes.empty(), at("alibi_slopes"), "none for encoder_decoder",
+                   c.alibi_slopes.size());
+  }
+  check::require(!c.shares_kv_cache || !is_encoder(c.attn_type), at("shares_kv_cache"),
+                 "false for an encoder, which has no cache", "true");
   const auto& slopes = c.alibi_slopes;
   check::require(
       slopes.empty() || slopes.size() == static_cast<std::size_t>(c.num_q_heads),
@@ -88,11 +96,17 @@ class FlashAttnImpl final : public Impl {
     }
     const FlashAttnMetadata& m = checked(*metadata);
     check_tensors(args, m);
-    if (m.num_tokens == 0) return;
 
     Executor& executor = args.executor != nullptr ? *args.executor : default_executor();
+    if (m.num_tokens == 0) {
+      // A step may bring encoder rows and no query.
+      if (m.num_new_keys > 0 && writes_cache(args, m)) {
+        reshape_and_cache_flash(cache_args(args, m), &executor);
+      }
+      return;
+    }
     const FlashAttnVarlenArgs attention = attention_args(args, m);
-    if (is_encoder(m.attn_type) || !args.key.defined() || m.slot_mapping.empty()) {
+    if (!writes_cache(args, m)) {
       flash_attn_varlen(attention, *m.plan, args.workspace, executor);
       return;
     }
@@ -103,6 +117,11 @@ class FlashAttnImpl final : public Impl {
   }
 
  private:
+  bool writes_cache(const ForwardArgs& args, const FlashAttnMetadata& m) const {
+    return !is_encoder(m.attn_type) && !config_.shares_kv_cache && args.key.defined() &&
+           !m.slot_mapping.empty();
+  }
+
   /// The metadata, if it was made for layers like this one.
   const FlashAttnMetadata& checked(const Metadata& metadata) const {
     constexpr check::Where kWhere{kForwardOp, "metadata"};
@@ -159,6 +178,18 @@ class FlashAttnImpl final : public Impl {
     check_rows("output", args.output, config_.num_q_heads, m.num_tokens);
     check_rows("query", args.query, config_.num_q_heads, m.num_tokens);
     const bool encoder = is_encoder(m.attn_type);
+    if (!config_.shares_kv_cache) check_new_keys(args, m);
+    if (encoder) return;
+    const check::Where where{kForwardOp, "kv_cache"};
+    check::tensor(where, args.kv_cache, 5, {config_.dtype});
+    check::shape(where, args.kv_cache,
+                 {2, -1, m.block_size, config_.num_kv_heads, config_.head_size});
+    check::unit_last_stride(where, args.kv_cache);
+    check::distinct_elements(where, args.kv_cache);
+  }
+
+  void check_new_keys(const ForwardArgs& args, const FlashAttnMetadata& m) const {
+    const bool encoder = is_encoder(m.attn_type);
     if (args.key.defined() != args.value.defined() ||
         (encoder && m.num_tokens > 0 && !args.key.defined())) {
       check::fail({kForwardOp, args.key.defined() ? "value" : "key"},
@@ -167,16 +198,9 @@ class FlashAttnImpl final : public Impl {
                   "an undefined tensor");
     }
     if (args.key.defined()) {
-      check_rows("key", args.key, config_.num_kv_heads, m.num_tokens);
-      check_rows("value", args.value, config_.num_kv_heads, m.num_tokens);
+      check_rows("key", args.key, config_.num_kv_heads, m.num_new_keys);
+      check_rows("value", args.value, config_.num_kv_heads, m.num_new_keys);
     }
-    if (encoder) return;
-    const check::Where where{kForwardOp, "kv_cache"};
-    check::tensor(where, args.kv_cache, 5, {config_.dtype});
-    check::shape(where, args.kv_cache,
-                 {2, -1, m.block_size, config_.num_kv_heads, config_.head_size});
-    check::unit_last_stride(where, args.kv_cache);
-    check::distinct_elements(where, args.kv_cache);
   }
 
   FlashAttnVarlenArgs attention_args(const ForwardArgs& args, const FlashAttnMetadata& m) const {
@@ -211,11 +235,11 @@ class FlashAttnImpl final : public Impl {
 
   static ReshapeAndCacheFlashArgs cache_args(const ForwardArgs& args, const FlashAttnMetadata& m) {
     ReshapeAndCacheFlashArgs a;
-    a.key = args.key.slice(0, 0, m.num_tokens);
-    a.value = args.value.slice(0, 0, m.num_tokens);
+    a.key = args.key.slice(0, 0, m.num_new_keys);
+    a.value = args.value.slice(0, 0, m.num_new_keys);
     a.key_cache = args.kv_cache.select(0, 0);
     a.value_cache = args.kv_cache.select(0, 1);
-    a.slot_mapping = ConstTensorView(m.slot_mapping.data(), DType::i64, {m.num_tokens});
+    a.slot_mapping = ConstTensorView(m.slot_mapping.data(), DType::i64, {m.num_new_keys});
     return a;
   }
 

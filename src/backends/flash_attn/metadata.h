@@ -15,6 +15,9 @@ constexpr bool is_encoder(AttentionType t) noexcept {
   return t == AttentionType::encoder || t == AttentionType::encoder_only;
 }
 
+/// True for cross attention: queries of the decoder over cached keys of the encoder.
+constexpr bool is_cross(AttentionType t) noexcept { return t == AttentionType::encoder_decoder; }
+
 /// What the builder makes of one batch. One plan covers the whole mixed batch: a row's bits do not
 /// depend on which rows it is planned with, so decodes and prefills need no plan of their own.
 struct FlashAttnMetadata final : Metadata {
@@ -27,10 +30,11 @@ struct FlashAttnMetadata final : Metadata {
   int window_right = -1;
   int num_reqs = 0;
   int num_tokens = 0;
+  int num_new_keys = 0;  ///< rows of key and value: num_tokens; encoder_decoder: encoder rows
   DecodePrefillSplit split;
   int block_size = 0;           ///< 0 for encoders
   ConstTensorView block_table;  ///< i32 [num_reqs, max_blocks], not owned; undefined for encoders
-  std::vector<std::int64_t> slot_mapping;  ///< [num_tokens], or empty: nothing to write
+  std::vector<std::int64_t> slot_mapping;  ///< [num_new_keys], or empty: nothing to write
 
   std::size_t workspace_bytes() const noexcept override { return plan->workspace_bytes; }
 };

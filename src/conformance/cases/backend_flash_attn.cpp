@@ -29,27 +29,28 @@ class FlashAttnBackendCase final : public Case {
   explicit FlashAttnBackendCase(Rng& rng)
       : backend_(find_backend(kBackend)),
         type_(rng.pick({AttentionType::decoder, AttentionType::decoder, AttentionType::decoder,
-                        AttentionType::encoder, AttentionType::encoder_only})),
+                        AttentionType::encoder, AttentionType::encoder_only,
+                        AttentionType::encoder_decoder, AttentionType::encoder_decoder})),
         shape_(random_shape(rng, backend_limits())),
         padding_(rng.chance(0.3) ? rng.range(1, 9) : 0),
-        keys_in_cache_(is_decoder() && rng.chance(0.2)),
+        keys_in_cache_(has_cache() && rng.chance(0.2)),
         with_lse_(rng.chance(0.7)) {
     choose_features(rng);
     make_rows(rng);
-    if (is_decoder()) make_cache(rng);
+    if (has_cache()) make_cache(rng);
     make_metadata();
     write_new_rows();
     for (int r = 0; r < shape_.num_reqs(); ++r) append_expected(r);
     poison_new_rows();
     output_.freeze();
     lse_.freeze();
-    if (is_decoder()) cache_.freeze();
+    if (has_cache()) cache_.freeze();
   }
 
   Outcome run(IsaLevel, Executor& executor) override {
     output_.reset();
     lse_.reset();
-    if (is_decoder()) cache_.reset();
+    if (has_cache()) cache_.reset();
     const auto builder = backend_.make_builder(builder_config(executor));
     const auto metadata = builder->build(0, batch_);
     Buffer workspace(metadata->workspace_bytes());
@@ -60,7 +61,7 @@ class FlashAttnBackendCase final : public Case {
       args.key = key_.view();
       args.value = value_.view();
     }
-    if (is_decoder()) args.kv_cache = layer_view();
+    if (has_cache()) args.kv_cache = layer_view();
     args.output = output_.view();
     if (with_lse_) args.lse = lse_.view();
     args.workspace = workspace.workspace();
@@ -70,7 +71,7 @@ class FlashAttnBackendCase final : public Case {
     Outcome outcome;
     compare_rows(outcome, "output", output_, expected_.out, expected_.out_bound);
     if (with_lse_) compare_rows(outcome, "lse", lse_, expected_.lse, expected_.lse_bound);
-    if (is_decoder()) {
+    if (has_cache()) {
       expect_new_rows();
       expect_undamaged(outcome, "kv_cache", cache_);
     }
@@ -79,7 +80,7 @@ class FlashAttnBackendCase final : public Case {
 
   std::string describe() const override {
     std::string text = fmt::format("{} {}", to_string(type_), shape_.describe());
-    if (is_decoder()) {
+    if (has_cache()) {
       text += fmt::format(" {} block_size {} layers {}", to_string(layout_), spec_.block_size,
                           spec_.num_layers);
     }
@@ -90,16 +91,31 @@ class FlashAttnBackendCase final : public Case {
 
  private:
   bool is_decoder() const noexcept { return type_ == AttentionType::decoder; }
+  bool is_cross() const noexcept { return type_ == AttentionType::encoder_decoder; }
+  bool has_cache() const noexcept { return is_decoder() || is_cross(); }
+  /// The keys of a request from this one on come with the step; those before it are in the cache.
+  std::int32_t first_new_key(int request) const {
+    const auto r = static_cast<std::size_t>(request);
+    if (is_cross()) return new_encoder_[r] != 0 ? 0 : shape_.seq_lens[r];
+    return shape_.seq_lens[r] - shape_.query_lens[r];
+  }
+  /// Rows of key and value that the step brings, in front of request `end`.
+  int num_new_keys(int end) const {
+    int rows = 0;
+    for (int r = 0; r < end; ++r) {
+      rows += shape_.seq_lens[static_cast<std::size_t>(r)] - first_new_key(r);
+    }
+    return rows;
+  }
   int num_tokens() const { return shape_.query_start_loc().back(); }
 
   void choose_features(Rng& rng) {
     if (shape_.window_left >= 0) window_ = shape_.window_left + 1;
     shape_.window_right = -1;
     if (window_) shape_.window_right = type_ == AttentionType::encoder_only ? *window_ - 1 : 0;
-    if (!is_decoder()) {
-      shape_.causal = false;
-      shape_.seq_lens = shape_.query_lens;
-    }
+    if (!is_decoder()) shape_.causal = false;
+    if (is_cross()) make_encoder_lengths(rng);
+    if (!is_decoder() && !is_cross()) shape_.seq_lens = shape_.query_lens;
     if (shape_.alibi != AlibiSlopes::none) shape_.alibi = AlibiSlopes::per_head;
     params_ = make_params(rng, shape_, head_values_);
     if (is_decoder() && rng.chance(0.2)) {
@@ -107,6 +123,17 @@ class FlashAttnBackendCase final : public Case {
         batch_.request_causal.push_back(static_cast<std::uint8_t>(rng.range(0, 1)));
       }
     }
+  }
+
+  /// Fewer or more keys than queries, or none; cross attention has neither windows nor slopes.
+  void make_encoder_lengths(Rng& rng) {
+    for (std::int32_t& keys : shape_.seq_lens) {
+      if (rng.chance(0.3)) keys = rng.range(0, keys);
+      new_encoder_.push_back(static_cast<std::uint8_t>(rng.range(0, 1)));
+    }
+    window_.reset();
+    shape_.window_left = shape_.window_right = -1;
+    shape_.alibi = AlibiSlopes::none;
   }
 
   void make_rows(Rng& rng) {
@@ -117,12 +144,16 @@ class FlashAttnBackendCase final : public Case {
     query_ = Storage(rng, shape_.dtype, {tokens, heads, shape_.head_dim}, rows);
     output_ = Storage(rng, shape_.dtype, {tokens, heads, shape_.head_dim}, rows);
     lse_ = Storage(rng, DType::f32, {tokens, heads}, rows);
-    key_ = Storage(rng, shape_.dtype, {tokens, shape_.kv_heads, shape_.head_dim}, rows);
-    value_ = Storage(rng, shape_.dtype, {tokens, shape_.kv_heads, shape_.head_dim}, rows);
+    const std::int64_t new_keys = num_new_keys(shape_.num_reqs());
+    const std::int64_t key_rows = new_keys + padding_;
+    key_ = Storage(rng, shape_.dtype, {key_rows, shape_.kv_heads, shape_.head_dim}, rows);
+    value_ = Storage(rng, shape_.dtype, {key_rows, shape_.kv_heads, shape_.head_dim}, rows);
     for (int t = 0; t < num_tokens(); ++t) {
       for (int h = 0; h < heads; ++h) {
         query_.set_random(rng, query_.offset({t, h, 0}), shape_.head_dim, shape_.query_magnitude);
       }
+    }
+    for (int t = 0; t < new_keys; ++t) {
       for (int h = 0; h < shape_.kv_heads; ++h) {
         key_.set_random(rng, key_.offset({t, h, 0}), shape_.head_dim, 1.0);
         value_.set_random(rng, value_.offset({t, h, 0}), shape_.head_dim, shape_.value_magnitude);
@@ -144,9 +175,7 @@ class FlashAttnBackendCase final : public Case {
     physical.order = backend_.kv_cache_stride_order(layout_, spec_.num_layers > 0);
     cache_ = Storage(rng, spec_.dtype, backend_.kv_cache_shape(spec_), physical);
     for (int r = 0; r < shape_.num_reqs(); ++r) {
-      const auto request = static_cast<std::size_t>(r);
-      const std::int64_t computed = shape_.seq_lens[request] - shape_.query_lens[request];
-      for (std::int64_t j = shape_.first_visible_key(r); j < computed; ++j) {
+      for (std::int64_t j = shape_.first_visible_key(r); j < first_new_key(r); ++j) {
         for (int h = 0; h < shape_.kv_heads; ++h) {
           cache_.set_random(rng, cache_offset(0, r, j, h), shape_.head_dim, 1.0);
           cache_.set_random(rng, cache_offset(1, r, j, h), shape_.head_dim, shape_.value_magnitude);
@@ -159,7 +188,7 @@ class FlashAttnBackendCase final : public Case {
   std::vector<std::int32_t> untouched_slots() const {
     std::vector<std::int32_t> untouched = shape_.hidden_keys();
     for (std::size_t r = 0; r < untouched.size(); ++r) {
-      untouched[r] = std::min(untouched[r], shape_.seq_lens[r] - shape_.query_lens[r]);
+      untouched[r] = std::min(untouched[r], first_new_key(static_cast<int>(r)));
     }
     return untouched;
   }
@@ -177,38 +206,37 @@ class FlashAttnBackendCase final : public Case {
 
   void make_metadata() {
     batch_.query_start_loc = shape_.query_start_loc();
-    batch_.seq_lens = shape_.seq_lens;
+    (is_cross() ? batch_.encoder_seq_lens : batch_.seq_lens) = shape_.seq_lens;
+    if (is_cross()) batch_.seq_lens = shape_.query_lens;
     batch_.num_reqs = shape_.num_reqs();
     batch_.num_tokens = num_tokens();
     batch_.causal = shape_.causal;
     for (int r = 0; r < shape_.num_reqs(); ++r) {
       const auto request = static_cast<std::size_t>(r);
       batch_.max_query_len = std::max(batch_.max_query_len, shape_.query_lens[request]);
-      batch_.max_seq_len = std::max(batch_.max_seq_len, shape_.seq_lens[request]);
-      if (!is_decoder()) continue;
-      const std::int64_t computed = shape_.seq_lens[request] - shape_.query_lens[request];
-      for (std::int64_t j = computed; j < shape_.seq_lens[request]; ++j) {
-        batch_.slot_mapping.push_back(blocks_->block(r, j) * spec_.block_size +
-                                      j % spec_.block_size);
+      batch_.max_seq_len = std::max(batch_.max_seq_len, batch_.seq_lens[request]);
+      if (!has_cache()) continue;
+      auto& slots = is_cross() ? batch_.encoder_slot_mapping : batch_.slot_mapping;
+      for (std::int64_t j = first_new_key(r); j < shape_.seq_lens[request]; ++j) {
+        slots.push_back(blocks_->block(r, j) * spec_.block_size + j % spec_.block_size);
       }
     }
-    if (is_decoder()) batch_.block_table = blocks_->table.view();
+    if (has_cache()) batch_.block_table = blocks_->table.view();
   }
 
   /// Calls `visit(plane, element of the cache, element of key or value)` for this step's rows.
   template <typename Visit>
   void for_new_elements(const Visit& visit) {
-    if (!is_decoder()) return;
-    const std::vector<std::int32_t> start = shape_.query_start_loc();
+    if (!has_cache()) return;
     for (int r = 0; r < shape_.num_reqs(); ++r) {
-      const auto request = static_cast<std::size_t>(r);
-      const std::int64_t computed = shape_.seq_lens[request] - shape_.query_lens[request];
-      for (int i = 0; i < shape_.query_lens[request]; ++i) {
+      const std::int64_t start = num_new_keys(r), first = first_new_key(r);
+      const std::int64_t count = shape_.seq_lens[static_cast<std::size_t>(r)] - first;
+      for (std::int64_t i = 0; i < count; ++i) {
         for (int h = 0; h < shape_.kv_heads; ++h) {
           for (int plane = 0; plane < 2; ++plane) {
             const Storage& rows = plane == 0 ? key_ : value_;
-            const std::int64_t to = cache_offset(plane, r, computed + i, h);
-            const std::int64_t from = rows.offset({start[request] + i, h, 0});
+            const std::int64_t to = cache_offset(plane, r, first + i, h);
+            const std::int64_t from = rows.offset({start + i, h, 0});
             for (int d = 0; d < shape_.head_dim; ++d) visit(rows, to + d, from + d);
           }
         }
@@ -243,7 +271,7 @@ class FlashAttnBackendCase final : public Case {
     a.q = query_.view().slice(0, first, query_len);
     a.out = output_.view().slice(0, first, query_len);
     a.query_start_loc = {q_start, DType::i32, {2}};
-    if (is_decoder()) {
+    if (has_cache()) {
       a.k = layer_view().select(0, 0);
       a.v = layer_view().select(0, 1);
       a.seq_lens = {seq_len, DType::i32, {1}};
@@ -319,6 +347,7 @@ class FlashAttnBackendCase final : public Case {
   AttentionShape shape_;
   int padding_;  ///< rows behind the batch's, as under a captured graph
   bool keys_in_cache_, with_lse_;
+  std::vector<std::uint8_t> new_encoder_;  ///< cross attention, a request: its keys come now
   std::optional<int> window_;
   AttentionParams params_;
   HeadValues head_values_;
