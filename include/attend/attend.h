@@ -18,4 +18,5 @@
 #include "attend/ops/cache.h"
 #include "attend/ops/merge.h"
 #include "attend/oracle/attention.h"
+#include "attend/oracle/quantize.h"
 #include "attend/plan/attention_plan.h"

@@ -4,6 +4,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <bit>
 #include <cstring>
 #include <numeric>
 
@@ -106,6 +107,23 @@ void Storage::expect_copy(std::int64_t offset, const Storage& from,
 
 void Storage::expect_copy_within(std::int64_t offset, std::int64_t from_offset) noexcept {
   std::memcpy(&expected_[byte_of(offset)], &expected_[byte_of(from_offset)], size_of(view_.dtype));
+}
+
+void Storage::expect_bits(std::int64_t offset, std::uint64_t bits) noexcept {
+  for (std::size_t i = 0; i < size_of(view_.dtype); ++i) {
+    expected_[byte_of(offset) + i] = static_cast<std::byte>(bits >> (8 * i) & 0xFFU);
+  }
+}
+
+void Storage::expect_f32(std::int64_t offset, float value) noexcept {
+  expect_bits(offset, std::bit_cast<std::uint32_t>(value));
+}
+
+void Storage::set_random_bits(Rng& rng) {
+  for (const std::int64_t offset : offsets()) {
+    const std::uint64_t bits = rng.next();
+    std::memcpy(&bytes_[byte_of(offset)], &bits, size_of(view_.dtype));
+  }
 }
 
 std::string Storage::damage() const {

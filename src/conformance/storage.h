@@ -56,6 +56,12 @@ class Storage {
   void expect_copy(std::int64_t offset, const Storage& from, std::int64_t from_offset) noexcept;
   /// Same for an element of this storage, as it is expected to be by now.
   void expect_copy_within(std::int64_t offset, std::int64_t from_offset) noexcept;
+  /// Expects the element to have these bits (as many low bytes of `bits` as the dtype has).
+  void expect_bits(std::int64_t offset, std::uint64_t bits) noexcept;
+  /// Expects an f32 element to be this value, bit for bit.
+  void expect_f32(std::int64_t offset, float value) noexcept;
+  /// Fills every element with random bits (any value of an integer type).
+  void set_random_bits(Rng& rng);
   /// Text that names the first byte that is not as expected; empty if none.
   std::string damage() const;
 

@@ -14,16 +14,23 @@ struct ReshapeAndCacheFlashArgs {
   ConstTensorView key;    ///< [T', Hkv, D], T' >= T; last dimension stride 1
   ConstTensorView value;  ///< [T', Hkv, Dv], dtype of key
   /// [num_blocks, block_size, Hkv, D], any strides except the last (1): NHD and HND views both
-  /// work.
+  /// work. dtype of key, fp8_e4m3 or fp8_e5m2.
   TensorView key_cache;
-  TensorView value_cache;  ///< like key_cache, with Dv
+  TensorView value_cache;  ///< like key_cache, with Dv; dtype of key_cache
   /// i64 [T], contiguous: block * block_size + offset of each row; negative = skip that row.
   ConstTensorView slot_mapping;
+  /// f32 with 1 element (per tensor; rank 0 or 1) or [Hkv], contiguous; each finite and > 0: an fp8
+  /// code stands for code * scale. Required by fp8 caches; others do not read it.
+  ConstTensorView k_scale = {};
+  ConstTensorView v_scale = {};  ///< like k_scale, and of its size
 };
 
-/// Copies T new rows into the cache, bit for bit. dtypes of inputs and caches must agree (f32, f16,
-/// bf16). If a slot occurs twice the later row wins.
-/// @throws InvalidArgument (a slot >= num_blocks * block_size, shapes, dtypes), before any write.
+/// Writes T new rows (f32, f16, bf16) into the cache. Into a cache of their dtype they are copied
+/// bit for bit. Into an fp8 cache goes x / scale, divided in float32 and rounded to the nearest
+/// code (ties to even); beyond the largest finite value, infinities too, it saturates; NaN gives
+/// the NaN code. If a slot occurs twice the later row wins.
+/// @throws InvalidArgument (a slot >= num_blocks * block_size, shapes, dtypes, scales), before any
+/// write.
 void reshape_and_cache_flash(const ReshapeAndCacheFlashArgs& args, Executor* executor = nullptr);
 
 /// One block move: `from` and `to` are block indices.

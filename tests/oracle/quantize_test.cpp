@@ -1,0 +1,70 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "attend/oracle/quantize.h"
+
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "attend/core/float_types.h"
+
+namespace attend {
+namespace {
+
+constexpr double kInf = std::numeric_limits<double>::infinity();
+constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
+
+TEST(QuantizeOracleTest, CodesHaveThePublishedValues) {
+  EXPECT_EQ(oracle::fp8_value(DType::fp8_e4m3, 0x7E), 448.0);
+  EXPECT_EQ(oracle::fp8_value(DType::fp8_e4m3, 0x01), 0x1p-9);
+  EXPECT_EQ(oracle::fp8_value(DType::fp8_e4m3, 0xB8), -1.0);
+  EXPECT_TRUE(std::isnan(oracle::fp8_value(DType::fp8_e4m3, 0x7F)));
+  EXPECT_TRUE(std::isnan(oracle::fp8_value(DType::fp8_e4m3, 0xFF)));
+  EXPECT_EQ(oracle::fp8_value(DType::fp8_e5m2, 0x7B), 57344.0);
+  EXPECT_EQ(oracle::fp8_value(DType::fp8_e5m2, 0x01), 0x1p-16);
+  EXPECT_EQ(oracle::fp8_value(DType::fp8_e5m2, 0x7C), kInf);
+  EXPECT_EQ(oracle::fp8_value(DType::fp8_e5m2, 0xFC), -kInf);
+  for (const int code : {0x7D, 0x7E, 0x7F, 0xFD}) {
+    EXPECT_TRUE(std::isnan(oracle::fp8_value(DType::fp8_e5m2, static_cast<std::uint8_t>(code))));
+  }
+}
+
+// Two decoders that share nothing, over every code.
+TEST(QuantizeOracleTest, TheLibraryDecodesEveryCodeAlike) {
+  for (int i = 0; i < 256; ++i) {
+    const auto code = static_cast<std::uint8_t>(i);
+    const double e4m3 = oracle::fp8_value(DType::fp8_e4m3, code);
+    const double e5m2 = oracle::fp8_value(DType::fp8_e5m2, code);
+    const float got4 = to_f32(fp8_e4m3{code}), got5 = to_f32(fp8_e5m2{code});
+    EXPECT_TRUE(std::isnan(e4m3) ? std::isnan(got4) : got4 == e4m3) << i;
+    EXPECT_TRUE(std::isnan(e5m2) ? std::isnan(got5) : got5 == e5m2) << i;
+    EXPECT_EQ(std::signbit(got4), i >= 0x80) << i;
+    EXPECT_EQ(std::signbit(got5), i >= 0x80) << i;
+  }
+}
+
+TEST(QuantizeOracleTest, Fp8TiesGoToTheEvenCodeAndLargeValuesSaturate) {
+  EXPECT_EQ(oracle::fp8_code(DType::fp8_e4m3, 1.0625, 1.0F), 0x38);  // between 1 and 1.125
+  EXPECT_EQ(oracle::fp8_code(DType::fp8_e4m3, 1.1875, 1.0F), 0x3A);  // between 1.125 and 1.25
+  EXPECT_EQ(oracle::fp8_code(DType::fp8_e4m3, -4.0, 2.0F), 0xC0);
+  EXPECT_EQ(oracle::fp8_code(DType::fp8_e4m3, 1e9, 1.0F), 0x7E);
+  EXPECT_EQ(oracle::fp8_code(DType::fp8_e5m2, -kInf, 1.0F), 0xFB);
+  EXPECT_EQ(oracle::fp8_code(DType::fp8_e5m2, kNan, 1.0F), 0x7F);
+}
+
+TEST(QuantizeOracleTest, Int8) {
+  EXPECT_EQ(oracle::int8_scale(std::vector<double>{1.0, -254.0, 3.0}), 2.0F);
+  EXPECT_EQ(oracle::int8_scale(std::vector<double>{0.0, 1e-9}), 1e-6F);
+  EXPECT_EQ(oracle::int8_scale({}), 1e-6F);
+  EXPECT_TRUE(std::isnan(oracle::int8_scale(std::vector<double>{1.0, kInf})));
+  EXPECT_TRUE(std::isnan(oracle::int8_scale(std::vector<double>{kNan, 1.0})));
+  const std::vector<std::pair<double, int>> cases = {
+      {0.5, 0},     {1.5, 2},     {2.5, 2},   {-0.5, 0},    {-1.5, -2},  {-2.5, -2},   {2.51, 3},
+      {126.4, 126}, {127.6, 127}, {1e9, 127}, {-128, -127}, {kInf, 127}, {-kInf, -127}};
+  for (const auto& [x, code] : cases) EXPECT_EQ(oracle::int8_code(x, 1.0F), code) << x;
+  EXPECT_EQ(oracle::int8_code(5.0, std::numeric_limits<float>::quiet_NaN()), 0);
+}
+
+}  // namespace
+}  // namespace attend
