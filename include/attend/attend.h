@@ -4,6 +4,7 @@
 #include "attend/backend/backend.h"
 #include "attend/backend/selector.h"
 #include "attend/batch/common_metadata.h"
+#include "attend/batch/fast_prefill.h"
 #include "attend/batch/split.h"
 #include "attend/cache/kv_cache_spec.h"
 #include "attend/core/cpu.h"

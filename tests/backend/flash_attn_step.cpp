@@ -11,6 +11,7 @@
 
 #include "attend/backend/selector.h"
 #include "attend/oracle/attention.h"
+#include "backends/flash_attn/metadata.h"
 
 namespace attend::testing {
 namespace {
@@ -259,6 +260,68 @@ std::unique_ptr<Metadata> Step::build(int common_prefix_len) {
 void Step::run() {
   const auto metadata = build();
   find_backend("FLASH_ATTN").make_impl(impl_config)->forward(forward_args(), metadata.get());
+}
+
+DecodePrefillSplit Step::run_parts(const std::vector<StepPart>& parts,
+                                   std::optional<std::uint64_t> changed_keys) {
+  CommonMetadata part;
+  part.query_start_loc = {0};
+  part.num_reqs = static_cast<int>(parts.size());
+  std::vector<std::int64_t> rows;  // of this step
+  HostTensor table(DType::i32, {part.num_reqs, block_table.view().shape[1]});
+  for (std::size_t p = 0; p < parts.size(); ++p) {
+    const auto r = static_cast<std::size_t>(parts[p].request);
+    for (int t = parts[p].begin; t < parts[p].end; ++t) {
+      rows.push_back(batch.query_start_loc[r] + t);
+      part.slot_mapping.push_back(slot(parts[p].request, options.context_lens[r] + t));
+    }
+    part.query_start_loc.push_back(static_cast<std::int32_t>(rows.size()));
+    part.seq_lens.push_back(options.context_lens[r] + parts[p].end);
+    part.max_query_len = std::max(part.max_query_len, parts[p].end - parts[p].begin);
+    part.max_seq_len = std::max(part.max_seq_len, part.seq_lens.back());
+    std::memcpy(table.view().select(0, static_cast<std::int64_t>(p)).data,
+                block_table.view().select(0, parts[p].request).data,
+                static_cast<std::size_t>(table.view().shape[1]) * sizeof(std::int32_t));
+  }
+  part.num_tokens = static_cast<int>(rows.size());
+  part.block_table = table;
+  const auto metadata = find_backend("FLASH_ATTN").make_builder(builder_config)->build(0, part);
+  workspace.reserve(metadata->workspace_bytes());
+
+  const auto gathered = [&](const HostTensor& from) {
+    HostTensor to(from.view().dtype, {part.num_tokens, from.view().shape[1], options.head_size});
+    for (std::size_t i = 0; i < rows.size(); ++i) {
+      for (std::int64_t h = 0; h < from.view().shape[1]; ++h) {
+        copy_row(to.view().select(0, static_cast<std::int64_t>(i)).select(0, h),
+                 from.view().select(0, rows[i]).select(0, h));
+      }
+    }
+    return to;
+  };
+  const HostTensor q = gathered(query), out = gathered(output);
+  HostTensor k = gathered(key), v = gathered(value);
+  HostTensor part_lse(DType::f32, {part.num_tokens, options.num_q_heads});
+  if (changed_keys) {
+    Rng noise(*changed_keys);
+    k.fill_normal(noise);
+    v.fill_normal(noise);
+  }
+  ForwardArgs args = forward_args();
+  args.query = q;
+  args.key = k;
+  args.value = v;
+  args.output = out.view();
+  args.lse = part_lse;
+  find_backend("FLASH_ATTN").make_impl(impl_config)->forward(args, metadata.get());
+  for (std::size_t i = 0; i < rows.size(); ++i) {
+    const auto from = static_cast<std::int64_t>(i);
+    for (std::int64_t h = 0; h < options.num_q_heads; ++h) {
+      copy_row(output.view().select(0, rows[i]).select(0, h),
+               args.output.select(0, from).select(0, h));
+    }
+    copy_row(lse.view().select(0, rows[i]), part_lse.view().select(0, from));
+  }
+  return dynamic_cast<const flash_attn::FlashAttnMetadata&>(*metadata).split;
 }
 
 void Step::expect_oracle() const {

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "attend/backend/backend.h"
+#include "attend/batch/split.h"
 #include "support/host_tensor.h"
 #include "support/random.h"
 
@@ -34,6 +35,12 @@ struct StepOptions {
   int padding = 3;  ///< poisoned rows behind the tokens, poisoned requests behind the requests
   int num_workers = 2;
   std::uint64_t seed = 7;
+};
+
+/// Query tokens [begin, end) of a request of the step.
+struct StepPart {
+  int request;
+  int begin, end;
 };
 
 /// The tensors of a step, with a cache that holds the context and NaN everywhere else. Request r's
@@ -66,6 +73,11 @@ class Step {
   std::unique_ptr<Metadata> build(int common_prefix_len = 0);
   /// Builds and runs.
   void run();
+  /// Builds and runs a smaller decoder step of some tokens, gathered from this one's; scatters the
+  /// rows back into output and lse. `changed_keys`: what is written instead of the own keys and
+  /// values is noise of that seed (a draft that will be rejected). Returns the builder's split.
+  DecodePrefillSplit run_parts(const std::vector<StepPart>& parts,
+                               std::optional<std::uint64_t> changed_keys = std::nullopt);
   /// The slot of a request's token.
   std::int64_t slot(int request, int position) const;
   /// Compares output and LSE with the oracle on the requests' own keys, row by row, and checks that
