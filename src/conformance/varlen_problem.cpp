@@ -3,6 +3,7 @@
 
 #include <fmt/format.h>
 
+#include <cmath>
 #include <utility>
 
 #include "conformance/random_blocks.h"
@@ -16,6 +17,10 @@ VarlenOptions random_varlen_options(Rng& rng) {
   o.layered = rng.chance(0.3);
   o.lse = rng.chance(0.8);
   o.lse_by_head = rng.chance(0.3);
+  if (rng.chance(0.4)) {
+    o.fp8 = rng.pick({DType::fp8_e4m3, DType::fp8_e5m2});
+    o.fp8_queries = rng.chance(0.3);
+  }
   return o;
 }
 
@@ -25,7 +30,8 @@ VarlenProblem::VarlenProblem(Rng& rng, AttentionShape attention_shape, const Var
   const std::int64_t tokens = start.back();
   Layout rows;
   rows.padded = options.padded;
-  q = Storage(rng, shape.dtype, {tokens, shape.q_heads(), shape.head_dim}, rows);
+  const DType q_dtype = options.fp8_queries ? *options.fp8 : shape.dtype;
+  q = Storage(rng, q_dtype, {tokens, shape.q_heads(), shape.head_dim}, rows);
   q.set_random(rng, shape.query_magnitude);
   out = Storage(rng, shape.dtype, {tokens, shape.q_heads(), shape.head_dim_v}, rows);
   if (options.lse) {
@@ -35,6 +41,7 @@ VarlenProblem::VarlenProblem(Rng& rng, AttentionShape attention_shape, const Var
   }
   query_start_loc = int_storage(rng, start);
   params = make_params(rng, shape, head_values);
+  if (options.fp8) make_descales(rng);
   if (options.kv == KvStorage::ragged) {
     make_ragged(rng);
   } else {
@@ -49,13 +56,25 @@ void VarlenProblem::fill_row(Rng& rng, std::initializer_list<std::int64_t> index
   v.set_random(rng, v.offset(index), shape.head_dim_v, shape.value_magnitude);
 }
 
+void VarlenProblem::make_descales(Rng& rng) {
+  const auto make = [&](bool wanted, Storage& s) {
+    if (!wanted) return;
+    s = Storage(rng, DType::f32, {shape.num_reqs(), shape.kv_heads});
+    for (const std::int64_t offset : s.offsets())
+      s.set(offset, std::exp2(2.0 * rng.uniform() - 1.0));
+  };
+  make(options.fp8_queries && rng.chance(0.7), q_descale);
+  make(rng.chance(0.7), k_descale);
+  make(rng.chance(0.7), v_descale);
+}
+
 void VarlenProblem::make_ragged(Rng& rng) {
   const std::vector<std::int32_t> start = shape.key_start_loc();
   cu_seqlens_kv = int_storage(rng, start);
   Layout rows;
   rows.padded = options.padded;
-  k = Storage(rng, shape.dtype, {start.back(), shape.kv_heads, shape.head_dim}, rows);
-  v = Storage(rng, shape.dtype, {start.back(), shape.kv_heads, shape.head_dim_v}, rows);
+  k = Storage(rng, kv_dtype(), {start.back(), shape.kv_heads, shape.head_dim}, rows);
+  v = Storage(rng, kv_dtype(), {start.back(), shape.kv_heads, shape.head_dim_v}, rows);
   for (int r = 0; r < shape.num_reqs(); ++r) {
     const auto request = static_cast<std::size_t>(r);
     for (std::int64_t j = shape.first_visible_key(r); j < shape.seq_lens[request]; ++j) {
@@ -74,7 +93,7 @@ void VarlenProblem::make_paged(Rng& rng) {
     if (options.layered) {
       cache.outer_gap = std::int64_t{3} * options.block_size * shape.kv_heads * dim;
     }
-    return Storage(rng, shape.dtype, {blocks.num_blocks, options.block_size, shape.kv_heads, dim},
+    return Storage(rng, kv_dtype(), {blocks.num_blocks, options.block_size, shape.kv_heads, dim},
                    cache);
   };
   k = make_cache(shape.head_dim);
@@ -104,6 +123,9 @@ FlashAttnVarlenArgs VarlenProblem::args() const {
     a.seq_lens = seq_lens.view();
     a.block_table = block_table.view();
   }
+  a.q_descale = q_descale.view();
+  a.k_descale = k_descale.view();
+  a.v_descale = v_descale.view();
   a.params = params;
   return a;
 }
@@ -117,6 +139,8 @@ std::string VarlenProblem::describe() const {
   const char* storage[] = {"ragged", "paged NHD", "paged HND"};
   std::string text = shape.describe() + " " + storage[static_cast<int>(options.kv)];
   if (options.kv != KvStorage::ragged) text += fmt::format(" block_size {}", options.block_size);
+  if (options.fp8) text += fmt::format(" kv {}", to_string(*options.fp8));
+  if (options.fp8_queries) text += " q too";
   if (options.padded) text += " padded";
   if (options.layered) text += " layered";
   if (options.lse_by_head) text += " lse [Hq,T]";

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
+#include <optional>
 #include <vector>
 
 #include "attend/ops/attention.h"
@@ -20,6 +21,8 @@ struct VarlenOptions {
   bool layered = false;  ///< paged: other layers lie between consecutive blocks
   bool lse = true;
   bool lse_by_head = false;  ///< lse stored as [Hq, T]
+  std::optional<DType> fp8;  ///< of keys and values
+  bool fp8_queries = false;  ///< with fp8 keys and values
 };
 VarlenOptions random_varlen_options(Rng& rng);
 
@@ -39,10 +42,13 @@ struct VarlenProblem {
   VarlenOptions options;
   Storage q, k, v, out, lse;
   HeadValues head_values;
+  Storage q_descale, k_descale, v_descale;  ///< of fp8 problems, each or none
   Storage query_start_loc, cu_seqlens_kv, seq_lens, block_table;
   AttentionParams params;
 
  private:
+  DType kv_dtype() const noexcept { return options.fp8.value_or(shape.dtype); }
+  void make_descales(Rng& rng);
   void make_ragged(Rng& rng);
   void make_paged(Rng& rng);
   void fill_row(Rng& rng, std::initializer_list<std::int64_t> index);

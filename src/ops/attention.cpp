@@ -21,6 +21,9 @@ void check_side_inputs(const FlashAttnVarlenArgs& a) {
                                 {"block_table", a.block_table},
                                 {"query_start_loc", a.query_start_loc},
                                 {"cu_seqlens_kv", a.cu_seqlens_kv},
+                                {"q_descale", a.q_descale},
+                                {"k_descale", a.k_descale},
+                                {"v_descale", a.v_descale},
                                 {"seq_lens", a.seq_lens}}) {
     if (!t.defined()) continue;
     check::no_overlap({kOp, "out"}, a.out, name, t);
@@ -30,7 +33,12 @@ void check_side_inputs(const FlashAttnVarlenArgs& a) {
 
 /// Everything that needs no plan.
 void check_tensors(const FlashAttnVarlenArgs& a) {
-  ops::check_qkv(kOp, a.q, {"k", "v", a.k, a.v, is_paged(a)}, a.out, 3);
+  const ops::KvTensors kv{"k", "v", a.k, a.v, is_paged(a)};
+  if (is_fp8(a.k.dtype)) {
+    ops::check_qkv_fp8(kOp, a.q, kv, a.out, 3);
+  } else {
+    ops::check_qkv(kOp, a.q, kv, a.out, 3);
+  }
   if (is_paged(a)) ops::check_block_size(kOp, "k", a.k);
   if (a.lse.defined()) {
     check::tensor({kOp, "lse"}, a.lse, 2, {DType::f32});
@@ -100,6 +108,11 @@ void check_ragged(const FlashAttnVarlenArgs& a, const AttentionPlan& plan) {
 
 cpu::AttentionProblem make_problem(const FlashAttnVarlenArgs& a, const AttentionPlan& plan) {
   cpu::AttentionProblem p = ops::base_problem(a.params, plan, a.q.dtype);
+  p.kv_dtype = a.k.dtype;
+  p.out_dtype = a.out.dtype;
+  p.q_descale = ops::kernel_descale(a.q_descale);
+  p.k_descale = ops::kernel_descale(a.k_descale);
+  p.v_descale = ops::kernel_descale(a.v_descale);
   p.q = a.q.data;
   p.k = a.k.data;
   p.v = a.v.data;
@@ -170,6 +183,12 @@ void check_planned(const FlashAttnVarlenArgs& a, const AttentionPlan& plan, Work
   check_plan_shape(a, plan);
   check_plan_lengths(a, plan);
   ops::check_params(kOp, a.params, plan.num_reqs(), plan.num_q_heads);
+  const auto descale = [&](std::string_view name, const ConstTensorView& t, DType scaled) {
+    ops::check_descale(kOp, name, t, is_fp8(scaled), plan.num_reqs(), plan.num_kv_heads);
+  };
+  descale("q_descale", a.q_descale, a.q.dtype);
+  descale("k_descale", a.k_descale, a.k.dtype);
+  descale("v_descale", a.v_descale, a.v.dtype);
   if (is_paged(a)) {
     ops::check_block_table(kOp, a.block_table, plan, static_cast<int>(a.k.shape[1]), a.k.shape[0]);
   } else {

@@ -30,15 +30,10 @@ void check_sinks(std::string_view op, const ConstTensorView& sinks, std::int64_t
   }
 }
 
-}  // namespace
-
-void check_qkv(std::string_view op, const ConstTensorView& q, const KvTensors& kv,
-               const ConstTensorView& out, int q_rank) {
+/// Heads, sizes, strides and overlaps; dtypes and ranks are known.
+void check_qkv_shapes(std::string_view op, const ConstTensorView& q, const KvTensors& kv,
+                      const ConstTensorView& out, int q_rank) {
   const int kv_rank = kv.four_dims ? 4 : 3;
-  check::tensor({op, "q"}, q, q_rank, {DType::f32, DType::f16, DType::bf16});
-  check::tensor({op, kv.k_name}, kv.k, kv_rank, {q.dtype});
-  check::tensor({op, kv.v_name}, kv.v, kv_rank, {q.dtype});
-  check::tensor({op, "out"}, out, q_rank, {q.dtype});
   check_head_size(op, "q", q);
   check_head_size(op, kv.v_name, kv.v);
   const std::int64_t heads = q.shape[q_rank - 2];
@@ -71,6 +66,54 @@ void check_qkv(std::string_view op, const ConstTensorView& q, const KvTensors& k
   check::no_overlap({op, "out"}, out, "q", q);
   check::no_overlap({op, "out"}, out, kv.k_name, kv.k);
   check::no_overlap({op, "out"}, out, kv.v_name, kv.v);
+}
+
+}  // namespace
+
+void check_qkv(std::string_view op, const ConstTensorView& q, const KvTensors& kv,
+               const ConstTensorView& out, int q_rank) {
+  const int kv_rank = kv.four_dims ? 4 : 3;
+  check::tensor({op, "q"}, q, q_rank, {DType::f32, DType::f16, DType::bf16});
+  check::tensor({op, kv.k_name}, kv.k, kv_rank, {q.dtype});
+  check::tensor({op, kv.v_name}, kv.v, kv_rank, {q.dtype});
+  check::tensor({op, "out"}, out, q_rank, {q.dtype});
+  check_qkv_shapes(op, q, kv, out, q_rank);
+}
+
+void check_qkv_fp8(std::string_view op, const ConstTensorView& q, const KvTensors& kv,
+                   const ConstTensorView& out, int q_rank) {
+  const int kv_rank = kv.four_dims ? 4 : 3;
+  check::tensor({op, "q"}, q, q_rank,
+                {DType::f32, DType::f16, DType::bf16, DType::fp8_e4m3, DType::fp8_e5m2});
+  check::tensor({op, kv.k_name}, kv.k, kv_rank, {DType::fp8_e4m3, DType::fp8_e5m2});
+  check::tensor({op, kv.v_name}, kv.v, kv_rank, {kv.k.dtype});
+  if (is_fp8(q.dtype)) {
+    check::tensor({op, "out"}, out, q_rank, {DType::f32, DType::f16, DType::bf16});
+  } else {
+    check::tensor({op, "out"}, out, q_rank, {q.dtype});
+  }
+  check_qkv_shapes(op, q, kv, out, q_rank);
+}
+
+void check_descale(std::string_view op, std::string_view argument, const ConstTensorView& descale,
+                   bool allowed, std::int64_t num_reqs, std::int64_t num_kv_heads) {
+  if (!descale.defined()) return;
+  const check::Where where{op, argument};
+  check::require(allowed, where, "undefined: the tensor that it scales is not fp8", "a tensor");
+  check::tensor(where, descale, 2, {DType::f32});
+  check::shape(where, descale, {num_reqs, num_kv_heads});
+  for (std::int64_t r = 0; r < num_reqs; ++r) {
+    for (std::int64_t h = 0; h < num_kv_heads; ++h) {
+      const float x = descale.as<float>()[r * descale.strides[0] + h * descale.strides[1]];
+      check::require(std::isfinite(x) && x > 0.0F, where, "finite values > 0",
+                     [&] { return fmt::format("{} at [{}, {}]", x, r, h); });
+    }
+  }
+}
+
+cpu::Descale kernel_descale(const ConstTensorView& descale) {
+  if (!descale.defined()) return {};
+  return {descale.as<float>(), descale.strides[0], descale.strides[1]};
 }
 
 void check_params(std::string_view op, const AttentionParams& params, std::int64_t num_reqs,
@@ -153,7 +196,7 @@ void check_resources(std::string_view op, const AttentionPlan& plan, Workspace w
 cpu::AttentionProblem base_problem(const AttentionParams& params, const AttentionPlan& plan,
                                    DType dtype) {
   cpu::AttentionProblem p;
-  p.dtype = dtype;
+  p.q_dtype = p.kv_dtype = p.out_dtype = dtype;
   p.query_start_loc = plan.query_start_loc.data();
   p.seq_lens = plan.seq_lens.data();
   p.causal = plan.request_causal.data();
@@ -182,7 +225,7 @@ cpu::AttentionProblem base_problem(const AttentionParams& params, const Attentio
 void run_plan(const cpu::AttentionProblem& problem, const AttentionPlan& plan, Workspace workspace,
               Executor& executor) {
   const cpu::AttentionKernel& kernel = cpu::attention_kernel(plan.isa);
-  const cpu::RunUnitFn run_unit = kernel.run_unit(problem.dtype);
+  const cpu::RunUnitFn run_unit = kernel.run_unit(problem.kv_dtype);
   const auto address = (reinterpret_cast<std::uintptr_t>(workspace.data) + 63) / 64 * 64;
   float* base = reinterpret_cast<float*>(address);
   const auto layout = plan::scratch_layout(plan.max_unit_rows, plan.head_dim_qk, plan.head_dim_v);
@@ -205,7 +248,7 @@ void run_plan(const cpu::AttentionProblem& problem, const AttentionPlan& plan, W
   }
   if (plan.reductions.empty()) return;
   next = 0;
-  const cpu::ReduceFn reduce = kernel.reduce(problem.dtype);
+  const cpu::ReduceFn reduce = kernel.reduce(problem.out_dtype);
   executor.run([&](int worker) {
     const cpu::KernelWorkspace ws = worker_workspace(worker);
     for (std::size_t i;

@@ -21,6 +21,15 @@ struct KvTensors {
 void check_qkv(std::string_view op, const ConstTensorView& q, const KvTensors& kv,
                const ConstTensorView& out, int q_rank);
 
+/// The same for fp8 keys and values: q any float type, out 16 or 32 bits.
+void check_qkv_fp8(std::string_view op, const ConstTensorView& q, const KvTensors& kv,
+                   const ConstTensorView& out, int q_rank);
+
+/// Checks a descale tensor, if it is defined; `allowed`: the tensor that it scales is fp8.
+void check_descale(std::string_view op, std::string_view argument, const ConstTensorView& descale,
+                   bool allowed, std::int64_t num_reqs, std::int64_t num_kv_heads);
+cpu::Descale kernel_descale(const ConstTensorView& descale);
+
 /// Checks scale, softcap, windows and slopes.
 void check_params(std::string_view op, const AttentionParams& params, std::int64_t num_reqs,
                   std::int64_t num_q_heads);

@@ -18,8 +18,6 @@ constexpr std::string_view kOp = "reshape_and_cache_flash";
 // Encoding alone for as long as waking the workers takes.
 constexpr std::int64_t kParallelElements = 64 << 10;
 
-bool is_fp8(DType t) noexcept { return t == DType::fp8_e4m3 || t == DType::fp8_e5m2; }
-
 void require_scale(std::string_view name, const ConstTensorView& scale, std::int64_t heads) {
   const check::Where where{kOp, name};
   check::require(scale.defined(), where, "a scale, which an fp8 cache needs", "none");

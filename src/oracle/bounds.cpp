@@ -21,7 +21,7 @@ double num_pieces(const RowResult& r) {
 
 /// Absolute error of a logit, in natural units.
 double logit_error(const RowResult& r, int head_dim_qk) {
-  double error = (head_dim_qk + 7) * kUnit * r.logit_magnitude + 4 * kUnit * r.bias_magnitude;
+  double error = (head_dim_qk + 9) * kUnit * r.logit_magnitude + 4 * kUnit * r.bias_magnitude;
   if (r.softcap > 0.0) error += r.softcap * (kTanhError + 4 * kUnit);
   return error;
 }
@@ -57,7 +57,7 @@ double out_error_bound(const RowResult& r, int d, int head_dim_qk, DType out_dty
   const double out = std::abs(r.out[static_cast<std::size_t>(d)]);
   const double abs_out = r.abs_out[static_cast<std::size_t>(d)];
   const double relative = weight_error(r, head_dim_qk) + sum_error(r);
-  const double computed = kSafety * (relative * (abs_out + out) + 2 * kUnit * out);
+  const double computed = kSafety * (relative * (abs_out + out) + 3 * kUnit * out);
   return computed + rounding_error(out_dtype, out + computed);
 }
 

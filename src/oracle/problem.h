@@ -18,8 +18,9 @@ struct Rows {
   double operator()(std::int64_t j, int d) const noexcept {
     return values[static_cast<std::size_t>(j * dim + d)];
   }
-  void append(const ConstTensorView& t, std::int64_t offset) {
-    for (int d = 0; d < dim; ++d) values.push_back(element(t, offset + d * last_stride(t)));
+  void append(const ConstTensorView& t, std::int64_t offset, double factor = 1.0) {
+    for (int d = 0; d < dim; ++d)
+      values.push_back(factor * element(t, offset + d * last_stride(t)));
   }
   /// Rows that nothing reads.
   void skip(std::int64_t n) { values.resize(values.size() + static_cast<std::size_t>(n * dim)); }
@@ -57,6 +58,11 @@ inline std::int64_t first_visible_key(const AttentionParams& params, std::int64_
 inline std::optional<double> sink(const AttentionParams& params, std::int64_t head) {
   if (!params.sinks.defined()) return std::nullopt;
   return at(params.sinks, {head});
+}
+
+/// Factor of stored values: [B, Hkv]; 1 if there is none.
+inline double descale(const ConstTensorView& t, std::int64_t request, std::int64_t kv_head) {
+  return t.defined() ? at(t, {request, kv_head}) : 1.0;
 }
 
 /// Slope of a head: [Hq] or [B, Hq]; 0 if ALiBi is off.

@@ -11,8 +11,9 @@ std::int64_t num_keys(const FlashAttnVarlenArgs& a, std::int64_t request) {
 }
 
 /// Rows of one request and kv head of k or v that a query may see.
-Rows read_rows(const FlashAttnVarlenArgs& a, const ConstTensorView& t, std::int64_t request,
-               std::int64_t kv_head) {
+Rows read_rows(const FlashAttnVarlenArgs& a, const ConstTensorView& t,
+               const ConstTensorView& scales, std::int64_t request, std::int64_t kv_head) {
+  const double factor = descale(scales, request, kv_head);
   Rows rows;
   rows.dim = static_cast<int>(t.shape[t.rank - 1]);
   const std::int64_t n = num_keys(a, request);
@@ -24,9 +25,9 @@ Rows read_rows(const FlashAttnVarlenArgs& a, const ConstTensorView& t, std::int6
     if (a.block_table.defined()) {
       const std::int64_t block_size = t.shape[1];
       const std::int64_t block = int_at(a.block_table, {request, j / block_size});
-      rows.append(t, offset_of(t, {block, j % block_size, kv_head}));
+      rows.append(t, offset_of(t, {block, j % block_size, kv_head}), factor);
     } else {
-      rows.append(t, offset_of(t, {int_at(a.cu_seqlens_kv, {request}) + j, kv_head}));
+      rows.append(t, offset_of(t, {int_at(a.cu_seqlens_kv, {request}) + j, kv_head}), factor);
     }
   }
   return rows;
@@ -53,15 +54,16 @@ Result flash_attn_varlen(const FlashAttnVarlenArgs& a) {
     if (query_len == 0) continue;
     RowProblem p = row_problem(a.params, dim, dim_v, num_keys(a, request));
     for (std::int64_t kv_head = 0; kv_head < kv_heads; ++kv_head) {
-      const Rows k = read_rows(a, a.k, request, kv_head);
-      const Rows v = read_rows(a, a.v, request, kv_head);
+      const Rows k = read_rows(a, a.k, a.k_descale, request, kv_head);
+      const Rows v = read_rows(a, a.v, a.v_descale, request, kv_head);
       for (std::int64_t n = 0; n < query_len * group_size; ++n) {
         const std::int64_t i = n / group_size;
         const std::int64_t head = kv_head * group_size + n % group_size;
         p.position = i + p.num_keys - query_len;
         p.alibi_slope = alibi_slope(a.params, request, head);
         p.sink = sink(a.params, head);
-        const auto q = [&](int d) { return at(a.q, {first + i, head, d}); };
+        const double q_factor = descale(a.q_descale, request, kv_head);
+        const auto q = [&](int d) { return q_factor * at(a.q, {first + i, head, d}); };
         const RowResult r = row(p, q, k, v);
         const auto at_row = static_cast<std::size_t>((first + i) * q_heads + head);
         result.lse[at_row] = r.lse;

@@ -20,7 +20,7 @@ constexpr std::int64_t round_up(std::int64_t n, std::int64_t m) { return (n + m 
 
 /// Where one worker's scratch arrays start, in floats from its base (64-byte aligned each).
 struct ScratchLayout {
-  std::int64_t q, s, acc, k_panels, v_panels, rows, total;
+  std::int64_t q, s, acc, k_panels, v_panels, staged, rows, total;
   int padded_rows;  ///< unit rows rounded up to full tiles
   int padded_dv;    ///< head_dim_v rounded up to full V panels
 };
@@ -43,9 +43,11 @@ constexpr ScratchLayout scratch_layout(int max_unit_rows, int head_dim_qk, int h
   l.acc = take(std::int64_t{l.padded_rows} * l.padded_dv);
   l.k_panels = take(std::int64_t{kPieceSize} * head_dim_qk);
   l.v_panels = take(std::int64_t{kPieceSize} * l.padded_dv);
+  // Decoded keys and values of a piece, 2 bytes each; touched for fp8 caches only.
+  l.staged = take(std::int64_t{kPieceSize} * (head_dim_qk + head_dim_v) / 2);
   l.rows = take(std::int64_t{kRowArrays} * l.padded_rows);
-  // Row pointers of two pieces (current and next), K and V each, 8 bytes a pointer.
-  l.total = round_up(at + std::int64_t{4} * kPieceSize * 2, 1024);
+  // Row pointers of K and V, 8 bytes each: current and next piece in memory, current piece decoded.
+  l.total = round_up(at + std::int64_t{6} * kPieceSize * 2, 1024);
   return l;
 }
 

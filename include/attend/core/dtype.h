@@ -9,6 +9,7 @@ namespace attend {
 
 /// Element types that a tensor view can carry.
 enum class DType : std::uint8_t { f32, f16, bf16, fp8_e4m3, fp8_e5m2, i8, u8, i32, i64 };
+constexpr bool is_fp8(DType t) noexcept { return t == DType::fp8_e4m3 || t == DType::fp8_e5m2; }
 
 /// Bytes of one element.
 constexpr std::size_t size_of(DType t) noexcept {

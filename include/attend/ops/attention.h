@@ -37,7 +37,9 @@ struct AttentionParams {
 };
 
 /// Arguments of flash_attn_varlen. B requests, T query tokens, Hq/Hkv heads, D/Dv head sizes.
-/// dtype of q, k, v, out: all f32, all f16 or all bf16. Last dimension of each: stride 1.
+/// dtype of q, k, v, out: all f32, all f16 or all bf16. Or k and v both fp8_e4m3 or both fp8_e5m2:
+/// then q is any of the five and out f32, f16 or bf16 (that of q, unless q is fp8). Last dimension
+/// of each: stride 1.
 struct FlashAttnVarlenArgs {
   ConstTensorView q;  ///< [T, Hq, D]
   /// Ragged: [S, Hkv, D]. Paged (block_table defined): [num_blocks, block_size, Hkv, D], block_size
@@ -52,6 +54,10 @@ struct FlashAttnVarlenArgs {
   ConstTensorView cu_seqlens_kv;
   ConstTensorView seq_lens;     ///< i32 [B], contiguous: keys per request, paged only
   ConstTensorView block_table;  ///< i32 [B, max_blocks], stride 1 in the last dimension
+  /// f32 [B, Hkv], any strides (0 broadcasts), finite and > 0: real value = stored value * descale,
+  /// for q by the kv head of its group. Undefined = 1. q_descale only with fp8 q, the others only
+  /// with fp8 k and v.
+  ConstTensorView q_descale, k_descale, v_descale;
   AttentionParams params;
 };
 

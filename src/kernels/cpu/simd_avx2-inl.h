@@ -73,6 +73,61 @@ struct Simd {
     return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   }
 
+  /// a where the mask's 16-bit lanes are set, else b.
+  ATTEND_INLINE static __m256i choose(__m256i mask, __m256i a, __m256i b) {
+    return _mm256_blendv_epi8(b, a, mask);
+  }
+  /// 16-bit table entries of the codes below 8, from the tables of their halves.
+  ATTEND_INLINE static __m256i look_up(__m128i low, __m128i high, __m256i magnitude) {
+    // Index 0x80 and above gives 0: the upper byte of each lane.
+    const __m256i index = _mm256_or_si256(magnitude, _mm256_set1_epi16(-32768));
+    const __m256i l = _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(low), index);
+    const __m256i h = _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(high), index);
+    return _mm256_or_si256(l, _mm256_slli_epi16(h, 8));
+  }
+  /// bf16 bits of 16 fp8 codes; every fp8 value is a bf16 value. NaN stays NaN.
+  ATTEND_INLINE static __m256i decode_codes(fp8_e4m3, __m128i codes) {
+    const __m256i c = _mm256_cvtepu8_epi16(codes);
+    const __m256i magnitude = _mm256_and_si256(c, _mm256_set1_epi16(0x7f));
+    const __m256i sign = _mm256_slli_epi16(_mm256_xor_si256(c, magnitude), 8);
+    // Exponents move from bias 7 to bias 127; the 8 subnormals come from a table.
+    __m256i bits = _mm256_add_epi16(_mm256_slli_epi16(magnitude, 4), _mm256_set1_epi16(120 << 7));
+    const __m256i small =
+        look_up(_mm_setr_epi8(0, 0, -128, -64, 0, 32, 64, 96, 0, 0, 0, 0, 0, 0, 0, 0),
+                _mm_setr_epi8(0, 59, 59, 59, 60, 60, 60, 60, 0, 0, 0, 0, 0, 0, 0, 0), magnitude);
+    bits = choose(_mm256_cmpgt_epi16(_mm256_set1_epi16(8), magnitude), small, bits);
+    bits = choose(_mm256_cmpeq_epi16(magnitude, _mm256_set1_epi16(0x7f)), _mm256_set1_epi16(0x7fc0),
+                  bits);
+    return _mm256_or_si256(bits, sign);
+  }
+  ATTEND_INLINE static __m256i decode_codes(fp8_e5m2, __m128i codes) {
+    const __m256i c = _mm256_cvtepu8_epi16(codes);
+    const __m256i magnitude = _mm256_and_si256(c, _mm256_set1_epi16(0x7f));
+    const __m256i sign = _mm256_slli_epi16(_mm256_xor_si256(c, magnitude), 8);
+    // Bias 15 to 127; infinity and NaN keep the largest exponent; 4 subnormals from a table.
+    const __m256i offset = choose(_mm256_cmpgt_epi16(magnitude, _mm256_set1_epi16(0x7b)),
+                                  _mm256_set1_epi16(224 << 7), _mm256_set1_epi16(112 << 7));
+    __m256i bits = _mm256_add_epi16(_mm256_slli_epi16(magnitude, 5), offset);
+    const __m256i small =
+        look_up(_mm_setr_epi8(0, -128, 0, 64, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0),
+                _mm_setr_epi8(0, 55, 56, 56, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0), magnitude);
+    bits = choose(_mm256_cmpgt_epi16(_mm256_set1_epi16(4), magnitude), small, bits);
+    return _mm256_or_si256(bits, sign);
+  }
+  /// n codes, a multiple of 8, to the bf16 numbers that they stand for.
+  template <typename Fp8>
+  ATTEND_INLINE static void decode(const Fp8* from, int n, bf16* to) {
+    int i = 0;
+    for (; i + 16 <= n; i += 16)
+      _mm256_storeu_si256(
+          reinterpret_cast<__m256i*>(to + i),
+          decode_codes(Fp8{}, _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i))));
+    if (i == n) return;
+    const __m256i bits =
+        decode_codes(Fp8{}, _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from + i)));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i), _mm256_castsi256_si128(bits));
+  }
+
   /// Rounded to nearest even in the upper half of each lane; the lower half holds rubbish.
   ATTEND_INLINE static __m256i round_bf16(F x) {
     const __m256i bits = _mm256_castps_si256(x);
@@ -104,6 +159,12 @@ struct Simd {
   ATTEND_INLINE static void narrow(f16* p, F x) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
                      _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  }
+  template <typename T>
+  ATTEND_INLINE static void narrow_pairs(T* p, F even, F odd) {
+    const F low = _mm256_unpacklo_ps(even, odd), high = _mm256_unpackhi_ps(even, odd);
+    narrow(p, _mm256_permute2f128_ps(low, high, 0x20));
+    narrow(p + kLanes, _mm256_permute2f128_ps(low, high, 0x31));
   }
 
   /// panel[d * kLd + lane] = rows[lane][d] for kLanes rows of head_dim elements (multiple of 8).

@@ -66,6 +66,51 @@ struct Simd {
         _mm256_zextsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
   }
 
+  /// bf16 bits of 32 fp8 codes; every fp8 value is a bf16 value. NaN stays NaN.
+  ATTEND_INLINE static __m512i decode_codes(fp8_e4m3, __m256i codes) {
+    const __m512i c = _mm512_cvtepu8_epi16(codes);
+    const __m512i magnitude = _mm512_and_si512(c, _mm512_set1_epi16(0x7f));
+    const __m512i sign = _mm512_slli_epi16(_mm512_xor_si512(c, magnitude), 8);
+    // Exponents move from bias 7 to bias 127; the 8 subnormals come from a table.
+    __m512i bits = _mm512_add_epi16(_mm512_slli_epi16(magnitude, 4), _mm512_set1_epi16(120 << 7));
+    const __m512i small =
+        _mm512_castsi128_si512(_mm_setr_epi16(0, 118 << 7, 119 << 7, (119 << 7) | 64, 120 << 7,
+                                              (120 << 7) | 32, (120 << 7) | 64, (120 << 7) | 96));
+    bits = _mm512_mask_permutexvar_epi16(
+        bits, _mm512_cmplt_epu16_mask(magnitude, _mm512_set1_epi16(8)), magnitude, small);
+    bits = _mm512_mask_mov_epi16(bits, _mm512_cmpeq_epi16_mask(magnitude, _mm512_set1_epi16(0x7f)),
+                                 _mm512_set1_epi16(0x7fc0));
+    return _mm512_or_si512(bits, sign);
+  }
+  ATTEND_INLINE static __m512i decode_codes(fp8_e5m2, __m256i codes) {
+    const __m512i c = _mm512_cvtepu8_epi16(codes);
+    const __m512i magnitude = _mm512_and_si512(c, _mm512_set1_epi16(0x7f));
+    const __m512i sign = _mm512_slli_epi16(_mm512_xor_si512(c, magnitude), 8);
+    // Bias 15 to 127; infinity and NaN keep the largest exponent; 4 subnormals from a table.
+    const __m512i offset = _mm512_mask_mov_epi16(
+        _mm512_set1_epi16(112 << 7), _mm512_cmpge_epu16_mask(magnitude, _mm512_set1_epi16(0x7c)),
+        _mm512_set1_epi16(224 << 7));
+    __m512i bits = _mm512_add_epi16(_mm512_slli_epi16(magnitude, 5), offset);
+    const __m512i small =
+        _mm512_castsi128_si512(_mm_setr_epi16(0, 111 << 7, 112 << 7, (112 << 7) | 64, 0, 0, 0, 0));
+    bits = _mm512_mask_permutexvar_epi16(
+        bits, _mm512_cmplt_epu16_mask(magnitude, _mm512_set1_epi16(4)), magnitude, small);
+    return _mm512_or_si512(bits, sign);
+  }
+  /// n codes, a multiple of 8, to the bf16 numbers that they stand for.
+  template <typename Fp8>
+  ATTEND_INLINE static void decode(const Fp8* from, int n, bf16* to) {
+    int i = 0;
+    for (; i + 32 <= n; i += 32)
+      _mm512_storeu_si512(
+          to + i,
+          decode_codes(Fp8{}, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + i))));
+    if (i == n) return;
+    const __mmask32 rest = (1U << (n - i)) - 1U;
+    _mm512_mask_storeu_epi16(to + i, rest,
+                             decode_codes(Fp8{}, _mm256_maskz_loadu_epi8(rest, from + i)));
+  }
+
   /// Rounded to nearest even in the upper half of each lane; the lower half holds rubbish.
   ATTEND_INLINE static __m512i round_bf16(F x) {
     const __m512i bits = _mm512_castps_si512(x);
@@ -106,6 +151,14 @@ struct Simd {
     const __m512i low = _mm512_srli_epi32(round_bf16(even), 16);
     const __m512i high = _mm512_and_si512(round_bf16(odd), _mm512_set1_epi32(-65536));
     _mm512_storeu_si512(p, _mm512_or_si512(low, high));
+  }
+
+  template <typename T>
+  ATTEND_INLINE static void narrow_pairs(T* p, F even, F odd) {
+    const __m512i first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
+    narrow(p, _mm512_permutex2var_ps(even, first, odd));
+    narrow(p + kLanes, _mm512_permutex2var_ps(even, second, odd));
   }
 
   /// 32 bytes of `low` and of `high`, one above the other.

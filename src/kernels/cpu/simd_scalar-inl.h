@@ -95,11 +95,18 @@ struct Simd {
     *even = map([&](int i) { return to_f32(p[2 * i]); });
     *odd = map([&](int i) { return to_f32(p[2 * i + 1]); });
   }
-  ATTEND_INLINE static void narrow_pairs(bf16* p, F even, F odd) {
+  template <typename T>
+  ATTEND_INLINE static void narrow_pairs(T* p, F even, F odd) {
     for (int i = 0; i < kLanes; ++i) {
-      p[2 * i] = attend::to_bf16(even.v[i]);
-      p[2 * i + 1] = attend::to_bf16(odd.v[i]);
+      p[2 * i] = from_f32<T>(even.v[i]);
+      p[2 * i + 1] = from_f32<T>(odd.v[i]);
     }
+  }
+
+  /// n fp8 codes to the bf16 numbers that they stand for, exactly.
+  template <typename Fp8>
+  ATTEND_INLINE static void decode(const Fp8* from, int n, bf16* to) {
+    for (int i = 0; i < n; ++i) to[i] = attend::to_bf16(to_f32(from[i]));
   }
 
   template <typename T>

@@ -15,9 +15,9 @@ inline constexpr float kLn2 = 0.6931471805599453F;
 //
 #include "kernels/cpu/attention/unit-inl.h"
 
-template <typename T>
+template <typename T, typename Stored = T>
 void run_unit(const AttentionProblem& p, const WorkUnit& u, const KernelWorkspace& ws) noexcept {
-  UnitRunner<T> runner(p, u, ws);
+  UnitRunner<T, Stored> runner(p, u, ws);
   runner.run(ws.partials);
 }
 
@@ -26,6 +26,8 @@ constexpr AttentionKernel make_entry(IsaLevel level) noexcept {
           &run_unit<float>,
           &run_unit<f16>,
           &run_unit<bf16>,
+          &run_unit<bf16, fp8_e4m3>,
+          &run_unit<bf16, fp8_e5m2>,
           &reduce_unit<float>,
           &reduce_unit<f16>,
           &reduce_unit<bf16>};

@@ -31,9 +31,20 @@ struct KvStrides {
   std::int64_t head = 0;
 };
 
+/// Factors of stored values per request and kv head.
+struct Descale {
+  const float* data = nullptr;  ///< null = 1
+  std::int64_t stride_request = 0, stride_head = 0;
+  float at(int r, int kv_head) const noexcept {
+    return data == nullptr ? 1.0F : data[r * stride_request + kv_head * stride_head];
+  }
+};
+
 /// A validated problem: everything but which part of the work to do.
 struct AttentionProblem {
-  DType dtype = DType::f32;  ///< of q, k, v, out
+  /// f32, f16 or bf16, all alike; or fp8 keys and values, then q and out may be anything else.
+  DType q_dtype = DType::f32, kv_dtype = DType::f32, out_dtype = DType::f32;
+  Descale q_descale, k_descale, v_descale;
   const void* q = nullptr;
   const void* k = nullptr;
   const void* v = nullptr;
@@ -85,13 +96,24 @@ using ReduceFn = void (*)(const AttentionProblem&, const Reduction&,
 /// One ISA level's kernels.
 struct AttentionKernel {
   IsaLevel isa;
-  RunUnitFn run_unit_f32, run_unit_f16, run_unit_bf16;
+  RunUnitFn run_unit_f32, run_unit_f16, run_unit_bf16, run_unit_e4m3, run_unit_e5m2;
   ReduceFn reduce_f32, reduce_f16, reduce_bf16;
-  RunUnitFn run_unit(DType t) const noexcept {
-    return t == DType::f32 ? run_unit_f32 : t == DType::f16 ? run_unit_f16 : run_unit_bf16;
+  RunUnitFn run_unit(DType kv) const noexcept {
+    switch (kv) {
+      case DType::f32:
+        return run_unit_f32;
+      case DType::f16:
+        return run_unit_f16;
+      case DType::fp8_e4m3:
+        return run_unit_e4m3;
+      case DType::fp8_e5m2:
+        return run_unit_e5m2;
+      default:
+        return run_unit_bf16;
+    }
   }
-  ReduceFn reduce(DType t) const noexcept {
-    return t == DType::f32 ? reduce_f32 : t == DType::f16 ? reduce_f16 : reduce_bf16;
+  ReduceFn reduce(DType out) const noexcept {
+    return out == DType::f32 ? reduce_f32 : out == DType::f16 ? reduce_f16 : reduce_bf16;
   }
 };
 

@@ -21,21 +21,23 @@ ATTEND_INLINE float exp2_one(float x) {
 
 /// What turns a row's final state into its results: out = acc * factor / sum.
 struct RowTotal {
-  float factor;  // 1 unless a sink is larger than every logit
+  float factor;  // scale of the values; smaller if a sink is larger than every logit
   float sum;     // 0: no key was visible
   float lse;     // natural log
 };
 
-/// Counts the head's sink, once: states are merged without it.
-ATTEND_INLINE RowTotal row_total(const AttentionProblem& p, int head, float m, float l) {
-  if (p.sinks == nullptr) return {1.0F, l, log_sum(m, l)};
+/// Counts the head's sink and the scale of the values, once: states are merged without them.
+ATTEND_INLINE RowTotal row_total(const AttentionProblem& p, int request, int head, float m,
+                                 float l) {
+  const float value_scale = p.v_descale.at(request, head / p.group_size);
+  if (p.sinks == nullptr) return {value_scale, l, log_sum(m, l)};
   const float sink = p.sinks[head * p.sink_stride];
   if (l == 0.0F) return {1.0F, 0.0F, p.lse_includes_sink ? sink : log_sum(m, l)};
   const float sink_log2 = sink * kLog2e;
   const float top = m > sink_log2 ? m : sink_log2;
   const float factor = exp2_one(m - top);
   const float sum = l * factor + exp2_one(sink_log2 - top);
-  return {factor, sum, p.lse_includes_sink ? log_sum(top, sum) : log_sum(m, l)};
+  return {factor * value_scale, sum, p.lse_includes_sink ? log_sum(top, sum) : log_sum(m, l)};
 }
 
 /// to = acc * factor / sum in the type of the output; zeros if no key was visible (acc is then not
@@ -49,11 +51,10 @@ ATTEND_INLINE void write_row(const AttentionProblem& p, const float* acc, const 
   }
   const Simd::F sum = Simd::set1(total.sum), factor = Simd::set1(total.factor);
   int c = 0;
-  if constexpr (std::is_same_v<T, bf16>) {
-    if (paired)
-      for (; c < p.head_dim_v; c += 2 * Simd::kLanes)
-        Simd::narrow_pairs(to + c, normalised(acc + c, factor, sum),
-                           normalised(acc + c + Simd::kLanes, factor, sum));
+  if (paired) {
+    for (; c < p.head_dim_v; c += 2 * Simd::kLanes)
+      Simd::narrow_pairs(to + c, normalised(acc + c, factor, sum),
+                         normalised(acc + c + Simd::kLanes, factor, sum));
   }
   for (; c + Simd::kLanes <= p.head_dim_v; c += Simd::kLanes)
     Simd::narrow(to + c, normalised(acc + c, factor, sum));
@@ -68,6 +69,8 @@ void reduce_unit(const AttentionProblem& p, const Reduction& u,
                  const KernelWorkspace& ws) noexcept {
   const std::int64_t width = plan::partial_row_floats(p.head_dim_v);
   const int rows = (u.q_end - u.q_begin) * p.group_size;
+  const bool paired = p.kv_dtype != DType::f32 && p.kv_dtype != DType::f16 &&
+                      has_paired_columns<bf16>(rows, p.head_dim_v);
   float* acc = ws.scratch + ws.layout.acc;
   float state[5][16] = {};  // m, l, piece m, piece l, unused lanes stay 0
   float keep[16], take[16];
@@ -89,8 +92,8 @@ void reduce_unit(const AttentionProblem& p, const Reduction& u,
     const int tok = u.q_begin + r / p.group_size;
     const int head = u.kv_head * p.group_size + r % p.group_size;
     T* to = static_cast<T*>(p.out) + p.out_layout.offset(p.query_start_loc, u.request, tok, head);
-    const RowTotal total = row_total(p, head, state[0][0], state[1][0]);
-    write_row(p, acc, total, has_paired_columns<T>(rows, p.head_dim_v), to);
+    const RowTotal total = row_total(p, u.request, head, state[0][0], state[1][0]);
+    write_row(p, acc, total, paired, to);
     if (p.lse != nullptr)
       p.lse[p.lse_layout.offset(p.query_start_loc, u.request, tok, head)] = total.lse;
   }

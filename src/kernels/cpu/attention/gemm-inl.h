@@ -44,11 +44,11 @@ struct PrefetchRows {
   }
   template <int kBytes>
   ATTEND_INLINE void beside_qk() {
-    lines<kBytes / 64 * 3 / 4>();
+    lines<(kBytes / 64 * 3 + 3) / 4>();
   }
   template <int kBytes>
   ATTEND_INLINE void beside_pv() {
-    lines<kBytes / 64 * 3 / 4>();
+    lines<(kBytes / 64 * 3 + 3) / 4>();
   }
   ATTEND_INLINE void beside_softmax_row() { lines<16>(); }
 };

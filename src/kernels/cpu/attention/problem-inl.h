@@ -56,9 +56,11 @@ ATTEND_INLINE void fill_rows(const AttentionProblem& p, const HeadRows<T>& from,
   for (int j = begin; j < end; ++j, row += st.token) rows[j - begin] = row;
 }
 
-/// One worker's arrays, and the unit they hold.
-template <typename T>
+/// One worker's arrays, and the unit they hold. Keys and values lie in memory as `Stored` and are
+/// multiplied as T: fp8 is decoded to bf16, which holds every fp8 value exactly, a piece at a time.
+template <typename T, typename Stored>
 struct UnitState {
+  static constexpr bool kStaged = !std::is_same_v<T, Stored>;
   const AttentionProblem& p;
   const WorkUnit& u;
   int rows;  // query rows: token-major, then head of the group
@@ -78,8 +80,12 @@ struct UnitState {
   int* hi;
   const T** k_rows;  // [kPieceSize] current piece
   const T** v_rows;
-  const T** next_k_rows;  // next piece, for prefetch
-  const T** next_v_rows;
+  const Stored** stored_k_rows;  // the same as it lies in memory
+  const Stored** stored_v_rows;
+  const Stored** next_k_rows;  // next piece, for prefetch
+  const Stored** next_v_rows;
+  T* staged_k;  // [kPieceSize, D] decoded
+  T* staged_v;  // [kPieceSize, Dv]
 
   UnitState(const AttentionProblem& problem, const WorkUnit& unit, const KernelWorkspace& ws)
       : p(problem),
@@ -106,11 +112,15 @@ struct UnitState {
     take = take_rows();
     lo = reinterpret_cast<int*>(take_rows());
     hi = reinterpret_cast<int*>(take_rows());
-    const T** pointers = reinterpret_cast<const T**>(row_array);
-    k_rows = pointers;
-    v_rows = pointers + kPieceSize;
-    next_k_rows = pointers + 2 * kPieceSize;
-    next_v_rows = pointers + 3 * kPieceSize;
+    const Stored** stored = reinterpret_cast<const Stored**>(row_array);
+    stored_k_rows = stored;
+    stored_v_rows = stored + kPieceSize;
+    next_k_rows = stored + 2 * kPieceSize;
+    next_v_rows = stored + 3 * kPieceSize;
+    k_rows = reinterpret_cast<const T**>(stored + 4 * kPieceSize);
+    v_rows = k_rows + kPieceSize;
+    staged_k = reinterpret_cast<T*>(ws.scratch + at.staged);
+    staged_v = staged_k + std::int64_t{kPieceSize} * problem.head_dim_qk;
   }
   int token(int row) const { return u.q_begin + row / p.group_size; }
   int head(int row) const { return u.kv_head * p.group_size + row % p.group_size; }

@@ -2,49 +2,101 @@
 // One unit of the plan: for each piece of keys pack, multiply, softmax, multiply, merge. Included
 // inside an ISA namespace.
 
-template <typename T>
-struct UnitRunner : UnitState<T> {
-  using UnitState<T>::UnitState;
-  using Base = UnitState<T>;
+/// Calls f with a value of the type; q of fp8 problems.
+template <typename Fn>
+ATTEND_INLINE void with_float_dtype(DType t, const Fn& f) {
+  if (t == DType::f32) {
+    f(float{});
+  } else if (t == DType::f16) {
+    f(f16{});
+  } else {
+    f(bf16{});
+  }
+}
+template <typename Fn>
+ATTEND_INLINE void with_dtype(DType t, const Fn& f) {
+  if (t == DType::fp8_e4m3) {
+    f(fp8_e4m3{});
+  } else if (t == DType::fp8_e5m2) {
+    f(fp8_e5m2{});
+  } else {
+    with_float_dtype(t, f);
+  }
+}
+
+template <typename T, typename Stored>
+struct UnitRunner : UnitState<T, Stored> {
+  using Base = UnitState<T, Stored>;
   using Base::acc, Base::dv_padded, Base::hi, Base::k_panels, Base::k_rows, Base::keep, Base::l,
       Base::lo, Base::m, Base::next_k_rows, Base::next_v_rows, Base::p, Base::piece_l,
+      Base::kStaged, Base::staged_k, Base::staged_v, Base::stored_k_rows, Base::stored_v_rows,
       Base::piece_m, Base::q, Base::rows, Base::s, Base::take, Base::u, Base::v_panels,
       Base::v_rows;
+  using Base::Base;
 
   bool packed_panel[plan::kPanels];
   bool values_packed;
   bool values_finite;
   bool values_scanned;
   bool has_next;  // the next_ pointers are set
-  PrefetchRows<T> next;
+  PrefetchRows<Stored> next;
 
   void load_queries() {
+    if constexpr (kStaged) {
+      with_dtype(p.q_dtype,
+                 [&](auto element) ATTEND_LAMBDA { load_queries_as<decltype(element)>(); });
+    } else {
+      load_queries_as<T>();
+    }
+  }
+
+  template <typename Q>
+  void load_queries_as() {
+    const float scale =
+        p.scale * (p.q_descale.at(u.request, u.kv_head) * p.k_descale.at(u.request, u.kv_head));
     // With softcap the tile computes its argument, else the logit in log2 units.
-    const Simd::F factor = Simd::set1(p.softcap > 0.0F ? p.scale / p.softcap : p.scale * kLog2e);
+    const Simd::F factor = Simd::set1(p.softcap > 0.0F ? scale / p.softcap : scale * kLog2e);
     int r = 0;
     for (int tok = u.q_begin; tok < u.q_end; ++tok) {
       const KeyRange visible = visible_keys(p, u.request, this->position(tok));
-      const T* from = static_cast<const T*>(p.q) + p.q_layout.offset(p.query_start_loc, u.request,
+      const Q* from = static_cast<const Q*>(p.q) + p.q_layout.offset(p.query_start_loc, u.request,
                                                                      tok, u.kv_head * p.group_size);
       for (int g = 0; g < p.group_size; ++g, ++r, from += p.q_layout.stride_head) {
         lo[r] = visible.lo;
         hi[r] = visible.hi;
         float* to = q + std::int64_t{r} * p.head_dim_qk;
-        int d = 0;
-        for (; d + Simd::kLanes <= p.head_dim_qk; d += Simd::kLanes)
-          Simd::store(to + d, Simd::mul(Simd::widen(from + d), factor));
-#if ATTEND_HALF_VECTOR
-        // Runs into the next row, which is written after this one, or into padding.
-        if (d < p.head_dim_qk) Simd::store(to + d, Simd::mul(Simd::widen_half(from + d), factor));
-#endif
+        if constexpr (sizeof(Q) == 1) {
+          bf16 decoded[256];
+          Simd::decode(from, p.head_dim_qk, decoded);
+          scale_query(decoded, factor, to);
+        } else {
+          scale_query(from, factor, to);
+        }
       }
     }
+    pad_queries(r);
+    reset();
+  }
+
+  /// to = from * factor.
+  template <typename Q>
+  ATTEND_INLINE void scale_query(const Q* from, Simd::F factor, float* to) const {
+    int d = 0;
+    for (; d + Simd::kLanes <= p.head_dim_qk; d += Simd::kLanes)
+      Simd::store(to + d, Simd::mul(Simd::widen(from + d), factor));
+#if ATTEND_HALF_VECTOR
+    // Runs into the next row, which is written after this one, or into padding.
+    if (d < p.head_dim_qk) Simd::store(to + d, Simd::mul(Simd::widen_half(from + d), factor));
+#endif
+  }
+
+  /// Rows that fill up the last tile see nothing.
+  void pad_queries(int r) {
     const int padded = static_cast<int>(plan::round_up(rows, Simd::kTileRows));
     for (; r < padded; ++r) {
       lo[r] = hi[r] = 0;
       std::memset(q + std::int64_t{r} * p.head_dim_qk, 0, sizeof(float) * p.head_dim_qk);
     }
-    reset();
   }
 
   /// Empties the state. Accumulators need no zeros: what an empty state holds is never read.
@@ -73,10 +125,10 @@ struct UnitRunner : UnitState<T> {
   /// Pointers for the keys of `range` of the piece at `base`; the other entries repeat the first,
   /// so that packing and prefetching never touch a row that no query sees.
   void point_rows(KeyRange range, int base) {
-    const HeadRows<T> k{static_cast<const T*>(p.k) + u.kv_head * p.k_strides.head, p.k_strides,
-                        u.request};
-    const HeadRows<T> v{static_cast<const T*>(p.v) + u.kv_head * p.v_strides.head, p.v_strides,
-                        u.request};
+    const HeadRows<Stored> k{static_cast<const Stored*>(p.k) + u.kv_head * p.k_strides.head,
+                             p.k_strides, u.request};
+    const HeadRows<Stored> v{static_cast<const Stored*>(p.v) + u.kv_head * p.v_strides.head,
+                             p.v_strides, u.request};
     fill_rows(p, k, base + range.lo, base + range.hi, next_k_rows + range.lo);
     fill_rows(p, v, base + range.lo, base + range.hi, next_v_rows + range.lo);
     const auto repeat = [&](int begin, int end) {
@@ -310,6 +362,23 @@ struct UnitRunner : UnitState<T> {
     }
   }
 
+  /// Decodes the visible rows of a piece; the others repeat the first, as in point_rows.
+  ATTEND_NOINLINE void stage(int piece) {
+    const KeyRange range = piece_range(0, rows, piece * kPieceSize);
+    if (range.lo >= range.hi) return;
+    for (int j = 0; j < kPieceSize; ++j) {
+      const bool visible = j >= range.lo && j < range.hi;
+      const std::int64_t row = visible ? j : range.lo;
+      k_rows[j] = staged_k + row * p.head_dim_qk;
+      v_rows[j] = staged_v + row * p.head_dim_v;
+      if (!visible) continue;
+      if (fetches()) next.template lines<1>();
+      Simd::decode(stored_k_rows[j], p.head_dim_qk, staged_k + row * p.head_dim_qk);
+      if (fetches()) next.template lines<1>();
+      Simd::decode(stored_v_rows[j], p.head_dim_v, staged_v + row * p.head_dim_v);
+    }
+  }
+
   ATTEND_NOINLINE void run_piece(int piece) {
     const int base = piece * kPieceSize;
     const KeyRange range = piece_range(0, rows, base);
@@ -327,13 +396,23 @@ struct UnitRunner : UnitState<T> {
   }
 
   void write_outputs() const {
+    if constexpr (kStaged) {
+      with_float_dtype(p.out_dtype,
+                       [&](auto element) ATTEND_LAMBDA { write_outputs_as<decltype(element)>(); });
+    } else {
+      write_outputs_as<T>();
+    }
+  }
+
+  template <typename Out>
+  void write_outputs_as() const {
     int r = 0;
     for (int tok = u.q_begin; tok < u.q_end; ++tok) {
       for (int g = 0; g < p.group_size; ++g, ++r) {
         const int head = u.kv_head * p.group_size + g;
-        T* to =
-            static_cast<T*>(p.out) + p.out_layout.offset(p.query_start_loc, u.request, tok, head);
-        const RowTotal total = row_total(p, head, m[r], l[r]);
+        Out* to =
+            static_cast<Out*>(p.out) + p.out_layout.offset(p.query_start_loc, u.request, tok, head);
+        const RowTotal total = row_total(p, u.request, head, m[r], l[r]);
         write_row(p, acc + std::int64_t{r} * dv_padded, total,
                   has_paired_columns<T>(rows, p.head_dim_v), to);
         if (p.lse != nullptr)
@@ -372,17 +451,23 @@ struct UnitRunner : UnitState<T> {
     const bool split = u.partial_slot >= 0;
     point_next(u.piece_begin);
     for (int piece = u.piece_begin; piece < u.piece_end; ++piece) {
-      const T** k_swap = k_rows;
-      const T** v_swap = v_rows;
-      k_rows = next_k_rows;
-      v_rows = next_v_rows;
+      const Stored** k_swap = stored_k_rows;
+      const Stored** v_swap = stored_v_rows;
+      stored_k_rows = next_k_rows;
+      stored_v_rows = next_v_rows;
       next_k_rows = k_swap;
       next_v_rows = v_swap;
       point_next(piece + 1);
       // Without a next piece the lines at hand are fetched again.
-      const T* const* ahead = has_next ? next_k_rows : k_rows;
+      const Stored* const* ahead = has_next ? next_k_rows : stored_k_rows;
       next = {ahead, ahead + kPieceSize, ahead + 2 * kPieceSize, p.head_dim_qk, p.head_dim_v};
       next.next_run();
+      if constexpr (kStaged) {
+        stage(piece);
+      } else {
+        k_rows = stored_k_rows;
+        v_rows = stored_v_rows;
+      }
       run_piece(piece);
       if (split) {
         store_partials(piece, partials);
