@@ -15,6 +15,8 @@
 #include "attend/core/float_types.h"
 #include "attend/core/tensor_view.h"
 #include "attend/core/workspace.h"
+#include "attend/dist/communicator.h"
+#include "attend/dist/decode_context_parallel.h"
 #include "attend/ops/attention.h"
 #include "attend/ops/cache.h"
 #include "attend/ops/merge.h"

@@ -1,0 +1,159 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <algorithm>
+#include <cstddef>
+#include <cstring>
+
+#include "attend/dist/decode_context_parallel.h"
+#include "attend/ops/merge.h"
+#include "dist/dcp/attention_checks.h"
+#include "ops/attention_problem.h"
+
+namespace attend {
+namespace {
+
+using dcp::AttentionPlans;
+using dcp::AttentionSizes;
+using dcp::HeadRun;
+
+/// A partial result of the call.
+struct Part {
+  TensorView out, lse;
+};
+
+/// Intermediate results of one call; a thread reuses the memory.
+struct Scratch {
+  Buffer own_q, gathered_q, all_q;
+  Buffer partial_out, partial_lse, context_out, context_lse, new_out, new_lse;
+};
+Scratch& thread_scratch() {
+  thread_local Scratch scratch;
+  return scratch;
+}
+
+TensorView reserve(Buffer& buffer, DType dtype, std::initializer_list<std::int64_t> shape) {
+  TensorView t(nullptr, dtype, shape);
+  // A view must point somewhere even if it has no element.
+  const std::int64_t elements = std::max<std::int64_t>(t.numel(), 1);
+  buffer.reserve(static_cast<std::size_t>(elements) * size_of(dtype));
+  t.data = buffer.data();
+  return t;
+}
+
+Part reserve_part(Buffer& out, Buffer& lse, const AttentionSizes& s, DType dtype,
+                  std::int64_t heads) {
+  return {reserve(out, dtype, {s.tokens, heads, s.dim_v}),
+          reserve(lse, DType::f32, {s.tokens, heads})};
+}
+
+/// Copies [T, H, D] with any strides of T and H.
+void copy_heads(const TensorView& to, const ConstTensorView& from) {
+  const std::size_t bytes = static_cast<std::size_t>(from.shape[2]) * size_of(from.dtype);
+  for (std::int64_t t = 0; t < from.shape[0]; ++t) {
+    for (std::int64_t h = 0; h < from.shape[1]; ++h) {
+      std::memcpy(to.select(0, t).select(0, h).data, from.select(0, t).select(0, h).data, bytes);
+    }
+  }
+}
+
+/// Step 1: the queries of all ranks' heads, [T, N * Hq, D].
+TensorView gather_queries(const ConstTensorView& q, const AttentionSizes& s, Communicator& comm) {
+  Scratch& scratch = thread_scratch();
+  const TensorView own = reserve(scratch.own_q, q.dtype, {s.tokens, s.heads, s.dim});
+  const TensorView gathered =
+      reserve(scratch.gathered_q, q.dtype, {s.ranks, s.tokens, s.heads, s.dim});
+  const TensorView all = reserve(scratch.all_q, q.dtype, {s.tokens, s.all_heads(), s.dim});
+  copy_heads(own, q);
+  comm.all_gather(own, gathered);
+  for (int r = 0; r < s.ranks; ++r) {
+    copy_heads(all.slice(1, r * s.heads, s.heads), gathered.select(0, r));
+  }
+  return all;
+}
+
+AttentionParams params_without_mask(const AttentionParams& params) {
+  AttentionParams p = params;
+  p.causal = false;  // each request's flag is in the plan
+  return p;
+}
+
+/// Step 2: all heads over this rank's part of the context.
+Part attend_to_context(const DcpAttentionArgs& a, const TensorView& all_q,
+                       const AttentionPlan& plan, const AttentionSizes& s, Executor& executor) {
+  Scratch& scratch = thread_scratch();
+  const Part part =
+      reserve_part(scratch.partial_out, scratch.partial_lse, s, a.q.dtype, s.all_heads());
+  if (s.tokens == 0) return part;  // a block table of no rows may be null, which means ragged keys
+  FlashAttnVarlenArgs f;
+  f.q = all_q;
+  f.k = a.k_cache;
+  f.v = a.v_cache;
+  f.out = part.out;
+  f.lse = part.lse;
+  f.block_table = a.block_table;
+  f.params = params_without_mask(a.params);
+  flash_attn_varlen(f, plan, ops::thread_workspace(plan.workspace_bytes), executor);
+  return part;
+}
+
+/// Step 3: this rank's heads over the whole context.
+Part combine_context(const Part& partial, const DcpAttentionArgs& a, const AttentionSizes& s,
+                     Communicator& comm) {
+  Scratch& scratch = thread_scratch();
+  const Part whole = reserve_part(scratch.context_out, scratch.context_lse, s, a.q.dtype, s.heads);
+  DcpCombineArgs c;
+  c.out = partial.out;
+  c.lse = partial.lse;
+  c.combined = whole.out;
+  c.combined_lse = whole.lse;
+  if (a.combine == DcpCombine::all_to_all) {
+    dcp_a2a_lse_reduce(c, comm);
+  } else {
+    cp_lse_ag_out_rs(c, comm);
+  }
+  return whole;
+}
+
+/// Step 4: this rank's heads over the new keys.
+Part attend_to_new_keys(const DcpAttentionArgs& a, const AttentionPlans& plans,
+                        const AttentionSizes& s, Executor& executor) {
+  Scratch& scratch = thread_scratch();
+  const Part part = reserve_part(scratch.new_out, scratch.new_lse, s, a.q.dtype, s.heads);
+  for (std::size_t i = 0; i < plans.runs.size(); ++i) {
+    const HeadRun& run = plans.runs[i];
+    FlashAttnVarlenArgs f;
+    f.q = a.q.slice(1, run.q_begin, run.q_count);
+    f.k = a.k_new.slice(1, run.kv_begin, run.kv_count);
+    f.v = a.v_new.slice(1, run.kv_begin, run.kv_count);
+    f.out = part.out.slice(1, run.q_begin, run.q_count);
+    f.lse = part.lse.slice(1, run.q_begin, run.q_count);
+    f.params = params_without_mask(a.params);
+    const AttentionPlan& plan = plans.new_keys[i];
+    flash_attn_varlen(f, plan, ops::thread_workspace(plan.workspace_bytes), executor);
+  }
+  return part;
+}
+
+}  // namespace
+
+void dcp_attention(const DcpAttentionArgs& a, Communicator& comm, Executor* executor,
+                   std::optional<IsaLevel> isa) {
+  Executor& run_on = executor != nullptr ? *executor : default_executor();
+  const AttentionSizes s = dcp::check_attention(a, comm);
+  const AttentionPlans plans = dcp::plan_attention_steps(a, s, run_on.num_workers(), isa);
+
+  const TensorView all_q = gather_queries(a.q, s, comm);
+  const Part partial = attend_to_context(a, all_q, plans.context, s, run_on);
+  const Part context = combine_context(partial, a, s, comm);
+  const Part fresh = attend_to_new_keys(a, plans, s, run_on);
+
+  MergeAttnStatesArgs m;
+  m.out = a.out;
+  m.lse = a.lse;
+  m.prefix_out = context.out;
+  m.prefix_lse = context.lse;
+  m.suffix_out = fresh.out;
+  m.suffix_lse = fresh.lse;
+  merge_attn_states(m, &run_on);
+}
+
+}  // namespace attend

@@ -1,0 +1,43 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+#include <cstdint>
+#include <string_view>
+#include <vector>
+
+#include "attend/dist/decode_context_parallel.h"
+#include "attend/plan/attention_plan.h"
+
+namespace attend::dcp {
+
+inline constexpr std::string_view kAttentionOp = "dcp_attention";
+
+/// Sizes of a dcp_attention call.
+struct AttentionSizes {
+  int ranks = 1, rank = 0;
+  std::int64_t tokens = 0, heads = 0, kv_heads = 0, dim = 0, dim_v = 0;
+
+  std::int64_t all_heads() const noexcept { return heads * ranks; }
+};
+
+/// Query heads [q_begin, q_begin + q_count) of this rank, which share the kv heads
+/// [kv_begin, kv_begin + kv_count) evenly.
+struct HeadRun {
+  std::int64_t q_begin = 0, q_count = 0, kv_begin = 0, kv_count = 0;
+};
+
+/// What step 2 and step 4 run, made before anything is sent.
+struct AttentionPlans {
+  AttentionPlan context;                ///< all heads, this rank's part of the context
+  std::vector<HeadRun> runs;            ///< of this rank's heads over the new keys
+  std::vector<AttentionPlan> new_keys;  ///< one a run
+};
+
+/// Checks dtypes, shapes, strides and overlap of every tensor. @throws InvalidArgument,
+/// Unsupported.
+AttentionSizes check_attention(const DcpAttentionArgs& args, const Communicator& communicator);
+
+/// Plans, and checks lengths and the block table by them. @throws InvalidArgument.
+AttentionPlans plan_attention_steps(const DcpAttentionArgs& args, const AttentionSizes& sizes,
+                                    int num_workers, std::optional<IsaLevel> isa);
+
+}  // namespace attend::dcp
