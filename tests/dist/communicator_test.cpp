@@ -73,26 +73,25 @@ TEST(Communicator, SmallTypesMoveBitForBit) {
   });
 }
 
-/// Values for which every order of adding gives other bits.
-std::vector<float> ragged_values(int rank, std::size_t count) {
-  Rng rng(static_cast<std::uint64_t>(rank) + 17);
-  std::vector<float> values(count);
-  for (float& v : values) v = std::ldexp(rng.normal(), static_cast<int>(rng.integer(-6, 6)));
-  return values;
-}
-
 TEST(Communicator, SumsInRankOrderWhateverTheTiming) {
   constexpr std::int64_t kCount = 64;
+  Rng rng(17);
+  SCOPED_TRACE(rng.trace());
   for (const int n : {1, 2, 4, 7}) {
     const auto total_count = static_cast<std::size_t>(kCount * n);
-    std::vector<float> want(ragged_values(0, total_count));
-    std::vector<float> backward(ragged_values(n - 1, total_count));
-    for (int r = 1; r < n; ++r) {
-      const auto up = ragged_values(r, total_count);
-      const auto down = ragged_values(n - 1 - r, total_count);
+    // Of very different sizes, so that another order of adding gives other bits.
+    std::vector<std::vector<float>> values(static_cast<std::size_t>(n));
+    for (auto& of_rank : values) {
       for (std::size_t i = 0; i < total_count; ++i) {
-        want[i] += up[i];
-        backward[i] += down[i];
+        of_rank.push_back(std::ldexp(rng.normal(), static_cast<int>(rng.integer(-6, 6))));
+      }
+    }
+    std::vector<float> want = values.front();
+    std::vector<float> backward = values.back();
+    for (std::size_t r = 1; r < values.size(); ++r) {
+      for (std::size_t i = 0; i < total_count; ++i) {
+        want[i] += values[r][i];
+        backward[i] += values[values.size() - 1 - r][i];
       }
     }
     // The data can tell orders apart.
@@ -103,7 +102,7 @@ TEST(Communicator, SumsInRankOrderWhateverTheTiming) {
       run_in_process(n, [&](Communicator& c) {
         // Other ranks are late in every round.
         std::this_thread::sleep_for(std::chrono::microseconds(((c.rank() + round) % n) * 300));
-        std::vector<float> own = ragged_values(c.rank(), total_count);
+        const std::vector<float>& own = values[static_cast<std::size_t>(c.rank())];
         std::vector<float> sum(total_count, -1.0F);
         std::vector<float> block(kCount, -1.0F);
         c.all_reduce(ConstTensorView(own.data(), DType::f32, {n, kCount}),
