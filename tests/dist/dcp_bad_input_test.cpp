@@ -138,17 +138,18 @@ TEST_F(DcpBadInputTest, LengthsAndBlocks) {
             "dcp_attention query_start_loc");
 }
 
-TEST_F(DcpBadInputTest, WindowsAndAlibiAreNotSupportedAndAllReasonsAreGiven) {
+TEST_F(DcpBadInputTest, WhatIsNotSupportedIsRefusedWithAllReasons) {
   auto ranks = make_in_process_group(2);
   DcpAttentionArgs a = problem_->args(0);
   const HostTensor slopes(DType::f32, {2});
   a.params.window_left = 8;
   a.params.alibi_slopes = slopes;
+  a.params.sinks = slopes;
   try {
     dcp_attention(a, *ranks[0]);
     ADD_FAILURE() << "no exception";
   } catch (const Unsupported& e) {
-    EXPECT_EQ(e.reasons().size(), 2U) << e.what();
+    EXPECT_EQ(e.reasons().size(), 3U) << e.what();
   }
 }
 

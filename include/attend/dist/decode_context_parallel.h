@@ -122,7 +122,7 @@ struct DcpAttentionArgs {
   int interleave = 1;
   DcpCombine combine = DcpCombine::all_gather_reduce_scatter;
   /// scale, softcap and causal. Windows and ALiBi need positions that a rank's dense part does not
-  /// have: Unsupported.
+  /// have, and sinks would have to enter after the last step: Unsupported.
   AttentionParams params;
 };
 

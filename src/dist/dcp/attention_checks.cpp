@@ -21,6 +21,9 @@ void check_supported(const AttentionParams& params) {
   if (params.alibi_slopes.defined()) {
     reasons.push_back("ALiBi needs positions that a rank's part of the context does not have");
   }
+  if (params.sinks.defined()) {
+    reasons.push_back("a sink enters once, after the parts have merged, and no step here adds it");
+  }
   if (!reasons.empty()) throw Unsupported(kOp, std::move(reasons));
 }
 
