@@ -156,6 +156,27 @@ TEST(Communicator, AbortReleasesTheRanksThatWait) {
   EXPECT_THROW(ranks[1]->broadcast(TensorView(&x, DType::f32, {1}), 0), CommunicatorAborted);
 }
 
+TEST(Communicator, AbortAtAnyMomentEndsAllRanks) {
+  for (int round = 0; round < testing::scaled(200, 20); ++round) {
+    auto ranks = make_in_process_group(3);
+    std::atomic<int> calls{0};
+    std::vector<std::thread> threads;
+    for (auto& rank : ranks) {
+      threads.emplace_back([&calls, &c = *rank] {
+        float x = 1.0F;
+        float sum = 0.0F;
+        const auto keep_calling = [&] {
+          for (;; ++calls) c.all_reduce(TensorView(&x, DType::f32, {1}), {&sum, DType::f32, {1}});
+        };
+        EXPECT_THROW(keep_calling(), CommunicatorAborted);
+      });
+    }
+    while (calls < 2 * round) std::this_thread::yield();
+    ranks[static_cast<std::size_t>(round % 3)]->abort();
+    for (auto& t : threads) t.join();
+  }
+}
+
 TEST(Communicator, DestroyingARankReleasesTheOthers) {
   auto ranks = make_in_process_group(2);
   std::thread waits([&] {
