@@ -144,6 +144,40 @@ TEST_P(DcpAttentionTest, WithoutContextTheBitsAreThoseOfOneRank) {
   EXPECT_EQ(compared, 5);
 }
 
+TEST_P(DcpAttentionTest, ARequestAloneHasTheBitsOfTheBatch) {
+  Rng rng(9);
+  SCOPED_TRACE(rng.trace());
+  DcpProblem p(mixed_shape(GetParam(), 4, 16), rng);
+  p.run(DcpCombine::all_gather_reduce_scatter);
+  const auto out = p.out.snapshot();
+  const auto lse = p.lse.snapshot();
+  p.out.fill_bytes(0xFF);
+  p.lse.fill_bytes(0xFF);
+  // Each request's call writes its own rows, so that together they must give the batch's memory.
+  for (std::size_t r = 0; r < p.shape.query_lens.size(); ++r) {
+    const auto request = static_cast<std::int64_t>(r);
+    const std::int64_t first = p.query_start_loc.as<std::int32_t>()[r];
+    const std::int64_t count = p.shape.query_lens[r];
+    const testing::HostTensor start(DType::i32, {2});
+    start.as<std::int32_t>()[1] = p.shape.query_lens[r];
+    run_in_process(4, [&](Communicator& c) {
+      const auto one = make_thread_pool(1);
+      DcpAttentionArgs a = p.args(c.rank());
+      a.q = a.q.slice(0, first, count);
+      a.k_new = a.k_new.slice(0, first, count);
+      a.v_new = a.v_new.slice(0, first, count);
+      a.out = a.out.slice(0, first, count);
+      a.lse = a.lse.slice(0, first, count);
+      a.query_start_loc = start;
+      a.seq_lens = a.seq_lens.slice(0, request, 1);
+      a.block_table = a.block_table.slice(0, request, 1);
+      dcp_attention(a, c, one.get());
+    });
+  }
+  EXPECT_EQ(p.out.snapshot(), out);
+  EXPECT_EQ(p.lse.snapshot(), lse);
+}
+
 TEST_P(DcpAttentionTest, RerunsAndThreadsGiveTheSameBits) {
   Rng rng(6);
   SCOPED_TRACE(rng.trace());
