@@ -34,15 +34,28 @@ constexpr std::array kPresets = {
                 .softcap = 50.0F,
                 .sliding_window = 4096,
                 .window_period = 2},
+    ModelPreset{.name = "gemma-3-27b",
+                .description = "Gemma 3 27B: a window of 1024 keys in 5 of 6 layers, logits not "
+                               "capped",
+                .num_q_heads = 32,
+                .num_kv_heads = 16,
+                .head_dim = 128,
+                .num_layers = 62,
+                .scale = 0.0771516750F,  // 1 / sqrt(168)
+                .sliding_window = 1024,
+                .window_period = 6,
+                .windowed_layers_of_one = 5},
     ModelPreset{.name = "gpt-oss-20b",
-                .description = "gpt-oss 20B: head size 64, a window of 128 keys in even layers; "
-                               "attention sinks are left out",
+                .description =
+                    "gpt-oss 20B: head size 64, attention sinks, a window of 128 keys in "
+                    "even layers",
                 .num_q_heads = 64,
                 .num_kv_heads = 8,
                 .head_dim = 64,
                 .num_layers = 24,
                 .sliding_window = 128,
-                .window_period = 2},
+                .window_period = 2,
+                .sinks = true},
     ModelPreset{.name = "bloom-7b",
                 .description = "BLOOM 7B: one kv head per query head, ALiBi position bias",
                 .num_q_heads = 32,
@@ -50,6 +63,15 @@ constexpr std::array kPresets = {
                 .head_dim = 128,
                 .num_layers = 30,
                 .alibi = true},
+    ModelPreset{.name = "step-1",
+                .description = "Step-1 3B: 12 query heads per kv head, ALiBi by the square root of "
+                               "the distance",
+                .num_q_heads = 48,
+                .num_kv_heads = 4,
+                .head_dim = 64,
+                .num_layers = 32,
+                .alibi = true,
+                .alibi_sqrt = true},
     ModelPreset{.name = "bert-base",
                 .description =
                     "BERT base: encoder, every token sees the whole prompt; no cache, no "
@@ -86,6 +108,17 @@ std::vector<float> alibi_slopes(int num_heads) {
     slopes.push_back(static_cast<float>(std::exp2(exponent)));
   }
   return slopes;
+}
+
+std::vector<float> sink_logits(int num_heads) {
+  if (num_heads < 1) {
+    throw InvalidArgument("sink_logits", "num_heads", ">= 1", std::to_string(num_heads));
+  }
+  std::vector<float> logits;
+  for (int h = 0; h < num_heads; ++h) {
+    logits.push_back(-2.0F + 6.0F * static_cast<float>(h) / static_cast<float>(num_heads));
+  }
+  return logits;
 }
 
 }  // namespace attend::serving

@@ -22,15 +22,18 @@ struct ModelPreset {
   std::optional<float> scale = std::nullopt;  ///< unset = 1 / sqrt(head_dim)
   float softcap = 0.0F;                       ///< 0 = off
   std::optional<int> sliding_window =
-      std::nullopt;       ///< keys visible in windowed layers, own included
-  int window_period = 1;  ///< layers 0, period, 2 * period, .. are windowed
-  bool alibi = false;     ///< slopes: alibi_slopes(num_q_heads)
+      std::nullopt;                ///< keys visible in windowed layers, own included
+  int window_period = 1;           ///< layers repeat in groups of so many
+  int windowed_layers_of_one = 1;  ///< of each group the first so many layers are windowed
+  bool alibi = false;              ///< slopes: alibi_slopes(num_q_heads)
+  bool alibi_sqrt = false;         ///< as AttentionParams::alibi_sqrt; only with `alibi`
+  bool sinks = false;              ///< logits: sink_logits(num_q_heads)
   AttentionType attn_type = AttentionType::decoder;
 
   bool is_encoder() const noexcept { return attn_type == AttentionType::encoder_only; }
   /// Window of one layer; unset = all keys.
   std::optional<int> window_of(int layer) const noexcept {
-    return layer % window_period == 0 ? sliding_window : std::nullopt;
+    return layer % window_period < windowed_layers_of_one ? sliding_window : std::nullopt;
   }
 };
 
@@ -41,5 +44,9 @@ const ModelPreset& find_model(std::string_view name);
 /// Slopes of the ALiBi paper for any number of heads: a geometric sequence for the largest power of
 /// two below, then every other element of the next finer sequence.
 std::vector<float> alibi_slopes(int num_heads);
+
+/// Stand-ins for the sink logits that a model learns: from -2 to 4 over the heads, so that some
+/// heads hardly notice their sink and others give it most of the weight.
+std::vector<float> sink_logits(int num_heads);
 
 }  // namespace attend::serving

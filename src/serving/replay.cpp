@@ -73,6 +73,8 @@ AttentionConfig attention_config(const ReplayConfig& config, DType dtype) {
   a.kv_cache_dtype = config.kv_cache_dtype;
   a.block_size = config.block_size;
   a.attn_type = config.model->attn_type;
+  a.has_sink = config.model->sinks;
+  a.use_alibi_sqrt = config.model->alibi_sqrt;
   return a;
 }
 
@@ -191,6 +193,8 @@ void Engine::make_groups() {
     i.softcap = model_.softcap;
     i.sliding_window = group.window;
     if (model_.alibi) i.alibi_slopes = alibi_slopes(model_.num_q_heads);
+    i.use_alibi_sqrt = model_.alibi_sqrt;
+    if (model_.sinks) i.sinks = sink_logits(model_.num_q_heads);
     i.attn_type = model_.attn_type;
     i.dtype = dtype_;
     i.kv_cache_dtype = config_.kv_cache_dtype;

@@ -65,7 +65,9 @@ oracle::RowResult recompute(const SampledRow& row, const ModelPreset& model,
   p.softcap = model.softcap;
   if (model.alibi) {
     p.alibi_slope = alibi_slopes(model.num_q_heads)[static_cast<std::size_t>(row.head)];
+    p.alibi_sqrt = model.alibi_sqrt;
   }
+  if (model.sinks) p.sink = sink_logits(model.num_q_heads)[static_cast<std::size_t>(row.head)];
   p.q = [&](int d) { return static_cast<double>(query[static_cast<std::size_t>(d)]); };
   p.k = [&](std::int64_t j, int d) { return keys(j, d); };
   p.v = [&](std::int64_t j, int d) { return values(j, d); };

@@ -21,12 +21,15 @@ TEST(ModelPresets, EachIsFoundByItsNameAndIsWellFormed) {
     EXPECT_EQ(m.head_dim % 8, 0);
     EXPECT_GE(m.num_layers, 1);
     EXPECT_GE(m.window_period, 1);
+    EXPECT_GE(m.windowed_layers_of_one, 1);
+    EXPECT_LE(m.windowed_layers_of_one, m.window_period);
+    EXPECT_TRUE(m.alibi || !m.alibi_sqrt);
   }
 }
 
 TEST(ModelPresets, TheListOfTheCommandLine) {
-  for (const auto* name :
-       {"llama-3.1-8b", "qwen3-32b", "gemma-2-9b", "gpt-oss-20b", "bloom-7b", "bert-base"}) {
+  for (const auto* name : {"llama-3.1-8b", "qwen3-32b", "gemma-2-9b", "gemma-3-27b", "gpt-oss-20b",
+                           "bloom-7b", "step-1", "bert-base"}) {
     EXPECT_NO_THROW(find_model(name));
   }
 }
@@ -49,6 +52,22 @@ TEST(ModelPresets, WindowsAlternate) {
   EXPECT_EQ(gemma.window_of(1), std::nullopt);
   EXPECT_EQ(gemma.window_of(2), 4096);
   EXPECT_EQ(find_model("llama-3.1-8b").window_of(0), std::nullopt);
+}
+
+TEST(ModelPresets, EverySixthLayerOfGemma3SeesEverything) {
+  const ModelPreset& gemma = find_model("gemma-3-27b");
+  for (int layer = 0; layer < gemma.num_layers; ++layer) {
+    EXPECT_EQ(gemma.window_of(layer),
+              (layer + 1) % 6 == 0 ? std::nullopt : std::optional<int>(1024));
+  }
+  EXPECT_NEAR(gemma.scale.value(), 1.0 / std::sqrt(168.0), 1e-8);
+}
+
+TEST(SinkLogits, RunFromMinusTwoToFour) {
+  const auto logits = sink_logits(6);
+  ASSERT_EQ(logits.size(), 6U);
+  for (int h = 0; h < 6; ++h) EXPECT_FLOAT_EQ(logits[static_cast<std::size_t>(h)], h - 2.0F);
+  EXPECT_THROW(sink_logits(0), InvalidArgument);
 }
 
 TEST(AlibiSlopes, PowerOfTwo) {

@@ -79,6 +79,19 @@ TEST(Replay, ChecksOutWithWindowSoftcapAndAlibi) {
   model = small_model();
   model.alibi = true;
   expect_correct(trace, config);
+  model.alibi_sqrt = true;
+  expect_correct(trace, config);
+}
+
+TEST(Replay, ChecksOutWithSinksAndSeveralWindowedLayersInARow) {
+  ModelPreset model = small_model();
+  model.sinks = true;
+  model.sliding_window = 10;
+  model.window_period = 3;
+  model.windowed_layers_of_one = 2;
+  ReplayConfig config = small_config(model);
+  config.num_layers = 4;
+  expect_correct(any_trace(), config);
 }
 
 TEST(Replay, ChecksOutForEncoders) {
