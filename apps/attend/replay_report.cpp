@@ -52,6 +52,8 @@ nlohmann::ordered_json to_json(const ReplayReport& report) {
   j["steps"] = r.steps.size();
   j["preemptions"] = r.counters.preemptions;
   j["prefix_hit_tokens"] = r.counters.prefix_hit_tokens;
+  j["draft_tokens"] = r.counters.draft_tokens;
+  j["accepted_tokens"] = r.counters.accepted_tokens;
   j["kv_cache"] = {{"num_blocks", r.num_blocks},
                    {"block_size", r.block_size},
                    {"peak_used_blocks", r.peak_used_blocks}};
@@ -108,6 +110,12 @@ void print_table(const ReplayReport& report, std::FILE* out) {
                100.0 * static_cast<double>(r.counters.prefix_hit_tokens) /
                    static_cast<double>(r.prompt_tokens));
     fmt::print(out, "{:<18}{}\n", "preemptions", r.counters.preemptions);
+  }
+  if (r.counters.draft_tokens > 0) {
+    fmt::print(out, "{:<18}{}, {} accepted ({:.1f} %)\n", "drafts", r.counters.draft_tokens,
+               r.counters.accepted_tokens,
+               100.0 * static_cast<double>(r.counters.accepted_tokens) /
+                   static_cast<double>(r.counters.draft_tokens));
   }
   print_check(out, r.check);
 }

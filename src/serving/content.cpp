@@ -10,9 +10,10 @@ namespace attend::serving {
 namespace {
 
 constexpr std::uint64_t kGolden = 0x9e3779b97f4a7c15ULL;
-// Keep request ids and segment ids apart: both count from 0.
+// Keep request ids and segment ids apart, which both count from 0, and drafts from either.
 constexpr std::uint64_t kRequestDomain = 0x5265717565737400ULL;
 constexpr std::uint64_t kSegmentDomain = 0x5365676d656e7400ULL;
+constexpr std::uint64_t kDraftDomain = 0x4472616674730000ULL;
 
 constexpr int kTableBits = 12;
 constexpr std::uint64_t kTableSize = 1ULL << kTableBits;
@@ -46,6 +47,11 @@ std::uint64_t content_id(const Request& request, std::int64_t position) noexcept
                        [](std::int64_t p, const ContentSegment& s) { return p < s.end; });
   if (segment == request.segments.end()) return own_content_id(request);
   return mix64(kSegmentDomain + mix64(segment->id));
+}
+
+std::uint64_t draft_content_id(const Request& request, std::int64_t first_rejected) noexcept {
+  return mix64(kDraftDomain +
+               mix64(own_content_id(request) + static_cast<std::uint64_t>(first_rejected)));
 }
 
 std::uint64_t block_hash(std::uint64_t parent, const Request& request, std::int64_t begin,

@@ -21,6 +21,9 @@ constexpr std::uint64_t mix64(std::uint64_t x) noexcept {
 std::uint64_t own_content_id(const Request& request) noexcept;
 /// Identity of the token at `position` (prompt or generated): its segment's, or the request's own.
 std::uint64_t content_id(const Request& request, std::int64_t position) noexcept;
+/// Identity of the rejected drafts of the step in which `first_rejected` is the position of the
+/// first of them: nobody's tokens. A position is the first rejected one at most once in a request.
+std::uint64_t draft_content_id(const Request& request, std::int64_t first_rejected) noexcept;
 /// Chained hash of the contents of tokens [begin, end) that follow the block hashed as `parent`.
 /// Blocks with equal hashes hold equal keys and values.
 std::uint64_t block_hash(std::uint64_t parent, const Request& request, std::int64_t begin,

@@ -15,6 +15,8 @@
 namespace attend::serving {
 namespace {
 
+constexpr int kMaxDrafts = 1024;
+
 using Clock = std::chrono::steady_clock;
 
 double seconds_since(Clock::time_point start) {
@@ -85,6 +87,14 @@ void check_config(const ReplayConfig& config) {
   };
   require("layers", config.num_layers >= 1, ">= 1", config.num_layers);
   require("check", config.check_rows >= 0, ">= 0", config.check_rows);
+  require("speculative-tokens",
+          config.num_speculative_tokens >= 0 && config.num_speculative_tokens <= kMaxDrafts,
+          "from 0 to 1024", config.num_speculative_tokens);
+  require("speculative-tokens", !config.model->is_encoder() || config.num_speculative_tokens == 0,
+          "0 for an encoder, which generates nothing", config.num_speculative_tokens);
+  if (!(config.acceptance >= 0.0 && config.acceptance <= 1.0)) {
+    throw InvalidArgument("replay", "acceptance", "from 0 to 1", std::to_string(config.acceptance));
+  }
   if (config.block_size) require("block-size", *config.block_size >= 1, ">= 1", *config.block_size);
   if (config.num_blocks) require("num-blocks", *config.num_blocks >= 1, ">= 1", *config.num_blocks);
 }
@@ -112,6 +122,9 @@ Engine::Engine(const Trace& trace, const ReplayConfig& config)
   s.max_num_batched_tokens = config.max_num_batched_tokens;
   s.max_num_seqs = config.max_num_seqs;
   s.decode_threshold = groups_.front().builder->reorder_batch_threshold().value_or(1);
+  s.num_speculative_tokens = config.num_speculative_tokens;
+  s.acceptance = config.acceptance;
+  s.seed = config.seed;
   if (pool_) s.block_size = result_.block_size;
   scheduler_.emplace(s, pool_ ? &*pool_ : nullptr);
   for (const Request& r : trace.requests) scheduler_->require_fits(r);
@@ -182,6 +195,7 @@ void Engine::make_groups() {
       b.window_right = model_.is_encoder() ? *group.window - 1 : 0;
     }
     b.num_workers = executor_.num_workers();
+    b.num_speculative_tokens = config_.num_speculative_tokens;
     b.attn_type = model_.attn_type;
     group.builder = backend_.make_builder(b);
 
@@ -289,6 +303,7 @@ void Engine::sample_rows(int layer, const std::vector<StepToken>& tokens) {
                       .step = static_cast<std::int64_t>(result_.steps.size()),
                       .position = t.position,
                       .num_keys = t.num_keys,
+                      .first_rejected = t.first_rejected,
                       .layer = layer,
                       .head = head,
                       .out = tensors_.output_row(token, head),

@@ -35,6 +35,9 @@ struct ReplayConfig {
   std::optional<std::int64_t> num_blocks;  ///< unset = default_num_blocks()
   int max_num_batched_tokens = 2048;
   int max_num_seqs = 256;
+  /// Drafts that a decode verifies in one step, >= 0; encoders generate nothing and need 0.
+  int num_speculative_tokens = 0;
+  double acceptance = 0.7;  ///< chance, 0 .. 1, that a draft is right if those before it are
   std::uint64_t seed = 0;
   std::int64_t check_rows = 0;   ///< rows to recompute in float64
   bool realtime = false;         ///< requests arrive when the trace says, by the wall clock

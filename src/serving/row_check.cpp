@@ -13,6 +13,11 @@
 namespace attend::serving {
 namespace {
 
+std::uint64_t token_content(const SampledRow& row, std::int64_t position) {
+  return position < row.first_rejected ? content_id(*row.request, position)
+                                       : draft_content_id(*row.request, row.first_rejected);
+}
+
 /// One head's rows of a kind (keys or values), regenerated one position at a time.
 class RegeneratedRows {
  public:
@@ -27,7 +32,7 @@ class RegeneratedRows {
   double operator()(std::int64_t j, int d) {
     if (j != position_) {
       position_ = j;
-      generator_.fill_f32({content_id(*row_.request, j), j, row_.layer, kv_head_, kind_},
+      generator_.fill_f32({token_content(row_, j), j, row_.layer, kv_head_, kind_},
                           static_cast<int>(values_.size()), values_.data());
     }
     return values_[static_cast<std::size_t>(d)];
@@ -45,9 +50,11 @@ class RegeneratedRows {
 oracle::RowResult recompute(const SampledRow& row, const ModelPreset& model,
                             const ValueGenerator& generator) {
   std::vector<float> query(static_cast<std::size_t>(model.head_dim));
-  generator.fill_f32(
-      {own_content_id(*row.request), row.position, row.layer, row.head, ValueKind::query},
-      model.head_dim, query.data());
+  const std::uint64_t content = row.position < row.first_rejected
+                                    ? own_content_id(*row.request)
+                                    : token_content(row, row.position);
+  generator.fill_f32({content, row.position, row.layer, row.head, ValueKind::query}, model.head_dim,
+                     query.data());
   const int kv_head = row.head / (model.num_q_heads / model.num_kv_heads);
   RegeneratedRows keys(row, kv_head, ValueKind::key, model.head_dim, generator);
   RegeneratedRows values(row, kv_head, ValueKind::value, model.head_dim, generator);

@@ -45,6 +45,8 @@ struct SampledRow {
   std::int64_t step = 0;
   std::int64_t position = 0;
   std::int64_t num_keys = 0;  ///< keys of the request in that step
+  /// Keys from this position on are rejected drafts; num_keys if there are none.
+  std::int64_t first_rejected = 0;
   int layer = 0;
   int head = 0;
   std::vector<float> out;  ///< [head_dim]

@@ -18,6 +18,7 @@ struct Scheduler::Sequence {
   std::int64_t num_computed = 0;   // tokens in the cache; admission sets it
   std::int64_t num_generated = 0;  // survives preemption: those tokens are known
   int num_scheduled = 0;           // in the current step
+  int num_drafts = 0, num_accepted = 0;
   bool admitted_before = false;
   std::vector<std::int32_t> blocks;
   std::vector<std::uint64_t> hashes;  // of full blocks, as far as they were needed
@@ -45,6 +46,14 @@ Scheduler::Scheduler(const SchedulerConfig& config, BlockPool* pool)
   require_positive("max_num_seqs", config.max_num_seqs);
   require_positive("block_size", config.block_size);
   require_positive("decode_threshold", config.decode_threshold);
+  if (config.num_speculative_tokens < 0) {
+    throw InvalidArgument("scheduler", "num_speculative_tokens", ">= 0",
+                          std::to_string(config.num_speculative_tokens));
+  }
+  if (!(config.acceptance >= 0.0 && config.acceptance <= 1.0)) {
+    throw InvalidArgument("scheduler", "acceptance", "from 0 to 1",
+                          std::to_string(config.acceptance));
+  }
 }
 
 Scheduler::~Scheduler() = default;
@@ -85,7 +94,7 @@ void Scheduler::continue_running(bool decodes) {
   for (std::size_t i = 0; i < running_.size() && budget_ > 0; ++i) {
     Sequence& seq = *running_[i];
     if (seq.num_scheduled > 0 || seq.is_decode() != decodes) continue;
-    const std::int64_t tokens = std::min(seq.num_remaining(), budget_);
+    const std::int64_t tokens = std::min(seq.num_remaining() + drafts_for(seq), budget_);
     if (!make_room(seq, tokens)) return;
     schedule_tokens(seq, tokens);
   }
@@ -157,11 +166,34 @@ bool Scheduler::admit(Sequence& seq) {
   return true;
 }
 
+std::int64_t Scheduler::drafts_for(const Sequence& seq) const noexcept {
+  if (!seq.is_decode() || seq.num_computed < seq.request->prompt_tokens) return 0;
+  // The step generates a token of its own: no draft is of use beyond the last one but that.
+  return std::min<std::int64_t>(config_.num_speculative_tokens,
+                                seq.request->output_tokens - seq.num_generated - 1);
+}
+
+int Scheduler::accepted_of(const Sequence& seq, int drafts) const noexcept {
+  for (int i = 0; i < drafts; ++i) {
+    const auto position = static_cast<std::uint64_t>(seq.num_known() + i);
+    const std::uint64_t bits = mix64(mix64(config_.seed ^ own_content_id(*seq.request)) + position);
+    if (static_cast<double>(bits >> 11) * 0x1p-53 >= config_.acceptance) return i;
+  }
+  return drafts;
+}
+
 void Scheduler::schedule_tokens(Sequence& seq, std::int64_t tokens) {
   seq.num_scheduled = static_cast<int>(tokens);
+  seq.num_drafts = static_cast<int>(std::max<std::int64_t>(0, tokens - seq.num_remaining()));
+  seq.num_accepted = accepted_of(seq, seq.num_drafts);
   budget_ -= tokens;
   batch_.num_tokens += seq.num_scheduled;
-  batch_.requests.push_back({seq.request, seq.num_computed, seq.num_scheduled, seq.blocks});
+  batch_.requests.push_back({.request = seq.request,
+                             .num_computed_tokens = seq.num_computed,
+                             .num_scheduled_tokens = seq.num_scheduled,
+                             .blocks = seq.blocks,
+                             .num_draft_tokens = seq.num_drafts,
+                             .num_accepted_tokens = seq.num_accepted});
   scheduled_.push_back(&seq);
 }
 
@@ -182,14 +214,18 @@ void Scheduler::order_decodes_first() {
 void Scheduler::complete_step() {
   for (Sequence* seq : std::exchange(scheduled_, {})) {
     const std::int64_t before = seq->num_computed;
-    seq->num_computed += std::exchange(seq->num_scheduled, 0);
+    const int drafts = std::exchange(seq->num_drafts, 0);
+    const int accepted = std::exchange(seq->num_accepted, 0);
+    seq->num_computed += std::exchange(seq->num_scheduled, 0) - (drafts - accepted);
+    counters_.draft_tokens += drafts;
+    counters_.accepted_tokens += accepted;
     counters_.computed_tokens += seq->num_computed - before;
     if (pool_ != nullptr) publish_full_blocks(*seq, before);
     if (seq->num_remaining() > 0) continue;
     const std::int64_t wanted = pool_ == nullptr ? 0 : seq->request->output_tokens;
     if (wanted > 0) {
-      ++seq->num_generated;
-      ++counters_.generated_tokens;
+      seq->num_generated += 1 + accepted;
+      counters_.generated_tokens += 1 + accepted;
     }
     if (seq->num_generated >= wanted) retire(*seq);
   }

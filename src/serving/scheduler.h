@@ -16,20 +16,30 @@ struct SchedulerConfig {
   int max_num_seqs = 256;             ///< requests running at the same time, >= 1
   int block_size = 16;                ///< tokens per block; of no use without a pool
   int decode_threshold = 1;           ///< longest query that the back end treats as decode
+  int num_speculative_tokens = 0;     ///< drafts that a decode verifies in one step, >= 0
+  double acceptance = 0.0;  ///< chance, 0 .. 1, that a draft is right if those before it are
+  std::uint64_t seed = 0;   ///< of what is accepted: depends on request and position only
 };
 
 /// One request's share of a step.
 struct ScheduledRequest {
   const Request* request = nullptr;
   std::int64_t num_computed_tokens = 0;  ///< tokens already in the cache
-  int num_scheduled_tokens = 0;          ///< query tokens of this step, >= 1
+  int num_scheduled_tokens = 0;          ///< query tokens of this step, drafts included, >= 1
   /// Blocks of all tokens up to and including this step's; empty without a pool. Valid until
   /// complete_step().
   std::span<const std::int32_t> blocks;
+  int num_draft_tokens = 0;     ///< the last so many of the scheduled tokens are drafts
+  int num_accepted_tokens = 0;  ///< drafts that turn out right; those behind are rejected
 
-  /// One token after a finished prompt: what the report counts as decode.
+  /// One token after a finished prompt, and drafts behind it: what the report counts as decode.
   bool is_decode() const noexcept {
-    return num_scheduled_tokens == 1 && num_computed_tokens >= request->prompt_tokens;
+    return num_scheduled_tokens == 1 + num_draft_tokens &&
+           num_computed_tokens >= request->prompt_tokens;
+  }
+  /// Position of the first rejected draft; behind the last token if there is none.
+  std::int64_t first_rejected() const noexcept {
+    return num_computed_tokens + num_scheduled_tokens - num_draft_tokens + num_accepted_tokens;
   }
 };
 
@@ -44,8 +54,11 @@ struct SchedulerCounters {
   /// Prompt tokens that a request found in the cache when it was first admitted. What a preempted
   /// request finds again of its own does not count.
   std::int64_t prefix_hit_tokens = 0;
-  std::int64_t computed_tokens = 0;  ///< query tokens of all steps, recomputed ones included
+  /// Query tokens of all steps, recomputed ones included, rejected drafts not.
+  std::int64_t computed_tokens = 0;
   std::int64_t generated_tokens = 0;
+  std::int64_t draft_tokens = 0;
+  std::int64_t accepted_tokens = 0;  ///< of the drafts
   std::int64_t finished_requests = 0;
 };
 
@@ -54,6 +67,10 @@ struct SchedulerCounters {
 /// which they were added. Prompts are cut to the budget (chunked prefill). When blocks run out, the
 /// latest-admitted request loses its blocks, returns to the front of the queue and computes its
 /// tokens again later.
+///
+/// With speculative tokens a decode computes its last known token and drafts of the next ones,
+/// never more than it still has to generate. Of these it keeps those before the first wrong one;
+/// the slots of the rejected ones are written again by the tokens that really come there.
 ///
 /// Without a pool (encoders) a request is its prompt, computed in one step; one that is longer than
 /// the budget runs alone.
@@ -86,6 +103,8 @@ class Scheduler {
   bool make_room(Sequence& seq, std::int64_t tokens);
   void extend_blocks(Sequence& seq, std::int64_t tokens);
   void preempt_latest();
+  std::int64_t drafts_for(const Sequence& seq) const noexcept;
+  int accepted_of(const Sequence& seq, int drafts) const noexcept;
   void schedule_tokens(Sequence& seq, std::int64_t tokens);
   void order_decodes_first();
   void publish_full_blocks(Sequence& seq, std::int64_t first_new_token);

@@ -37,7 +37,9 @@ StepMetadata make_step_metadata(const RequestBatch& batch, int block_size) {
     m.max_query_len = std::max(m.max_query_len, r.num_scheduled_tokens);
     m.max_seq_len = std::max(m.max_seq_len, static_cast<int>(seq_len));
     m.is_prefilling.push_back(r.num_computed_tokens < r.request->prompt_tokens ? 1 : 0);
-    m.logits_indices.push_back(m.query_start_loc.back() - 1);
+    for (int t = r.num_draft_tokens + 1; t >= 1; --t) {
+      m.logits_indices.push_back(m.query_start_loc.back() - t);
+    }
     max_blocks = std::max(max_blocks, r.blocks.size());
     for (std::int64_t p = r.num_computed_tokens; p < seq_len; ++p) {
       m.positions.push_back(p);
@@ -66,7 +68,13 @@ std::vector<StepToken> make_step_tokens(const RequestBatch& batch) {
     const std::uint64_t own = own_content_id(*r.request);
     const std::int64_t seq_len = r.num_computed_tokens + r.num_scheduled_tokens;
     for (std::int64_t p = r.num_computed_tokens; p < seq_len; ++p) {
-      tokens.push_back({r.request, own, content_id(*r.request, p), p, seq_len});
+      const std::int64_t rejected = r.first_rejected();
+      if (p < rejected) {
+        tokens.push_back({r.request, own, content_id(*r.request, p), p, seq_len, rejected});
+      } else {
+        const std::uint64_t draft = draft_content_id(*r.request, rejected);
+        tokens.push_back({r.request, draft, draft, p, seq_len, rejected});
+      }
     }
   }
   return tokens;
@@ -150,7 +158,8 @@ StepWork measure_work(const RequestBatch& batch, const ModelPreset& model, DType
   for (const ScheduledRequest& r : batch.requests) {
     const std::int64_t seq_len = r.num_computed_tokens + r.num_scheduled_tokens;
     if (r.is_decode()) {
-      const std::int64_t keys = window ? std::min<std::int64_t>(seq_len, *window) : seq_len;
+      const std::int64_t keys =
+          window ? std::min<std::int64_t>(seq_len, *window + r.num_draft_tokens) : seq_len;
       work.decode_bytes += static_cast<double>(keys) * model.num_kv_heads * 2 * model.head_dim *
                            static_cast<double>(size_of(kv_dtype));
       continue;

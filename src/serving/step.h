@@ -29,7 +29,8 @@ struct StepToken {
   std::uint64_t own_content = 0;  ///< of the query
   std::uint64_t content = 0;      ///< of key and value: shared with other requests if the token is
   std::int64_t position = 0;
-  std::int64_t num_keys = 0;  ///< keys of the request in this step
+  std::int64_t num_keys = 0;        ///< keys of the request in this step
+  std::int64_t first_rejected = 0;  ///< as ScheduledRequest::first_rejected()
 };
 std::vector<StepToken> make_step_tokens(const RequestBatch& batch);
 

@@ -21,6 +21,8 @@ TEST(ReplayCommand, JsonHasTheStableKeysAndStandsAlone) {
     EXPECT_GT(j.at(key), 0) << key;
   }
   EXPECT_EQ(j.at("preemptions"), 0);
+  EXPECT_EQ(j.at("draft_tokens"), 0);
+  EXPECT_EQ(j.at("accepted_tokens"), 0);
   for (const auto* key : {"num_blocks", "block_size", "peak_used_blocks"}) {
     EXPECT_GT(j.at("kv_cache").at(key), 0) << key;
   }
@@ -39,6 +41,16 @@ TEST(ReplayCommand, JsonHasTheStableKeysAndStandsAlone) {
   EXPECT_EQ(j.at("threads"), 1);
 }
 
+TEST(ReplayCommand, SpeculativeTokensAreCountedAndChecked) {
+  const CliResult r =
+      run_cli(kSmall + "--speculative-tokens 2 --acceptance 0.5 --check 20 --json -");
+  ASSERT_EQ(r.exit_code, 0) << r.err;
+  const auto j = nlohmann::json::parse(r.out);
+  EXPECT_EQ(j.at("check").at("failed"), 0);
+  EXPECT_GT(j.at("draft_tokens"), 0);
+  EXPECT_LE(j.at("accepted_tokens"), j.at("draft_tokens"));
+}
+
 TEST(ReplayCommand, BadInputIsOneLineAndExitCodeTwo) {
   for (const auto& [arguments, text] :
        {std::pair<std::string, std::string>{"replay no/such/trace.csv", "no/such/trace.csv"},
@@ -46,6 +58,9 @@ TEST(ReplayCommand, BadInputIsOneLineAndExitCodeTwo) {
         {kSmall + "--model nobody", "llama-3.1-8b"},
         {kSmall + "--num-blocks 1", "has 1"},
         {kSmall + "--limit 0", "limit"},
+        {kSmall + "--speculative-tokens -1", "speculative-tokens"},
+        {kSmall + "--speculative-tokens 1 --model bert-base", "encoder"},
+        {kSmall + "--acceptance 1.5", "from 0 to 1"},
         {kSmall + "--scale-lengths -1", "scale-lengths"},
         {kSmall + "--kv-layout xyz", "nhd or hnd"},
         {kSmall + "--dtype xyz", "f32, f16 or bf16"}}) {

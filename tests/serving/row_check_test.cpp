@@ -64,7 +64,7 @@ class CheckRows : public ::testing::Test {
     row_.request = &request_;
     row_.step = 7;
     row_.position = 6;
-    row_.num_keys = 10;
+    row_.num_keys = row_.first_rejected = 10;
     row_.layer = 1;
     row_.head = 3;
     attend();

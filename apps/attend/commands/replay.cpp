@@ -53,11 +53,13 @@ What the numbers mean:
                A step with both is divided in proportion to what each part would take at its
                ceiling. Both ceilings are measured after the run, on this machine.
   prefix hits  prompt tokens that were found in the cache and not computed
+  drafts       speculative tokens that were computed, and how many of them were kept
   preemptions  requests that lost their blocks to older ones and were computed again
 
 Examples:
   attend replay synthetic --check 100
   attend replay trace.csv --model qwen3-32b --limit 200 --json result.json
+  attend replay synthetic --model gpt-oss-20b --speculative-tokens 3 --acceptance 0.6 --check 200
   attend replay trace.jsonl --scale-lengths 0.1 --num-blocks 2000 --check 200
 
 Exit code: 0 done, 1 a checked row was wrong, 2 bad option or trace.
@@ -99,6 +101,12 @@ void add_options(CLI::App& command, ReplayOptions& o) {
   option("--kv-cache-dtype", c.kv_cache_dtype, "Type of the cache; auto = --dtype", "D")
       ->capture_default_str();
   option("--kv-layout", o.kv_layout, "nhd or hnd; default: hnd unless the back end insists", "L");
+  option("--speculative-tokens", c.num_speculative_tokens,
+         "Draft tokens that a decode verifies in one step", "K")
+      ->capture_default_str();
+  option("--acceptance", c.acceptance, "Chance that a draft is right if all before it are, 0 to 1",
+         "P")
+      ->capture_default_str();
   option("--threads", o.threads, "Threads; default: the CPUs this process may use", "N");
   option("--check", c.check_rows, "Recompute N random (step, token, head) rows in float64", "N")
       ->capture_default_str();
