@@ -6,6 +6,7 @@
 #include "attend/batch/common_metadata.h"
 #include "attend/batch/fast_prefill.h"
 #include "attend/batch/split.h"
+#include "attend/cache/int8_mixed_cache.h"
 #include "attend/cache/kv_cache_spec.h"
 #include "attend/core/cpu.h"
 #include "attend/core/device.h"
