@@ -8,6 +8,7 @@
 #include "attend/batch/split.h"
 #include "attend/cache/int8_mixed_cache.h"
 #include "attend/cache/kv_cache_spec.h"
+#include "attend/cache/value_scales.h"
 #include "attend/core/cpu.h"
 #include "attend/core/device.h"
 #include "attend/core/dtype.h"
