@@ -19,7 +19,7 @@ namespace {
 struct Shape {
   std::string_view name, description;
   Bound bound;
-  DType dtype;
+  DType dtype, kv_dtype;
   int batch, query_len, seq_len;
   int num_q_heads, num_kv_heads, head_dim;
   int block_size;  // 0 = ragged keys and values
@@ -27,17 +27,21 @@ struct Shape {
 
 constexpr Shape kShapes[] = {
     {"prefill_bf16_gqa4_d128_4k", "causal prefill of 4096 tokens, 32 query and 8 kv heads, bf16",
-     Bound::compute, DType::bf16, 1, 4096, 4096, 32, 8, 128, 0},
-    {"prefill_f32_gqa4_d128_4k", "the same in float32", Bound::compute, DType::f32, 1, 4096, 4096,
-     32, 8, 128, 0},
+     Bound::compute, DType::bf16, DType::bf16, 1, 4096, 4096, 32, 8, 128, 0},
+    {"prefill_f32_gqa4_d128_4k", "the same in float32", Bound::compute, DType::f32, DType::f32, 1,
+     4096, 4096, 32, 8, 128, 0},
     {"short_batch_256x128", "causal prefill of 256 prompts of 128 tokens, bf16", Bound::compute,
-     DType::bf16, 256, 128, 128, 32, 8, 128, 0},
+     DType::bf16, DType::bf16, 256, 128, 128, 32, 8, 128, 0},
     {"decode_bf16_gqa8_d128_32k",
      "one token for each of 4 requests of 32768 keys, 32 query and 4 kv heads, shuffled blocks of "
      "128",
-     Bound::memory, DType::bf16, 4, 1, 32768, 32, 4, 128, 128},
+     Bound::memory, DType::bf16, DType::bf16, 4, 1, 32768, 32, 4, 128, 128},
+    {"decode_fp8_gqa8_d128_32k", "the same with fp8_e4m3 keys and values", Bound::memory,
+     DType::bf16, DType::fp8_e4m3, 4, 1, 32768, 32, 4, 128, 128},
+    {"decode_fp8_e5m2_gqa8_d128_32k", "the same with fp8_e5m2 keys and values", Bound::memory,
+     DType::bf16, DType::fp8_e5m2, 4, 1, 32768, 32, 4, 128, 128},
     {"single_token_128", "one token, 128 keys, 32 query and 8 kv heads, bf16: latency",
-     Bound::memory, DType::bf16, 1, 1, 128, 32, 8, 128, 32},
+     Bound::memory, DType::bf16, DType::bf16, 1, 1, 128, 32, 8, 128, 32},
 };
 
 class AttentionProblem : public Problem {
@@ -50,8 +54,8 @@ class AttentionProblem : public Problem {
     kv_count_ = keys * s_.num_kv_heads * s_.head_dim;
     q_ = Buffer(static_cast<std::size_t>(q_count_ * elem));
     out_ = Buffer(static_cast<std::size_t>(q_count_ * elem));
-    k_ = Buffer(static_cast<std::size_t>(kv_count_ * elem));
-    v_ = Buffer(static_cast<std::size_t>(kv_count_ * elem));
+    k_ = Buffer(static_cast<std::size_t>(kv_count_) * size_of(s_.kv_dtype));
+    v_ = Buffer(static_cast<std::size_t>(kv_count_) * size_of(s_.kv_dtype));
     fill();
     make_args(tokens, keys);
     make_plan();
@@ -60,7 +64,7 @@ class AttentionProblem : public Problem {
   void run() override { flash_attn_varlen(args_, plan_, workspace_.workspace(), executor_); }
   double flops() const override { return 4.0 * pairs() * s_.head_dim * s_.num_q_heads; }
   double bytes() const override {
-    return static_cast<double>(2 * kv_count_) * static_cast<double>(size_of(s_.dtype));
+    return static_cast<double>(2 * kv_count_) * static_cast<double>(size_of(s_.kv_dtype));
   }
 
   std::string verify() const override {
@@ -84,8 +88,8 @@ class AttentionProblem : public Problem {
   void fill() {
     executor_.run([&](int worker) {
       if (worker == 0) fill_random(q_.data(), s_.dtype, q_count_, 1);
-      if (worker == 0) fill_random(k_.data(), s_.dtype, kv_count_, 2);
-      if (worker == executor_.num_workers() - 1) fill_random(v_.data(), s_.dtype, kv_count_, 3);
+      if (worker == 0) fill_random(k_.data(), s_.kv_dtype, kv_count_, 2);
+      if (worker == executor_.num_workers() - 1) fill_random(v_.data(), s_.kv_dtype, kv_count_, 3);
     });
   }
 
@@ -100,8 +104,8 @@ class AttentionProblem : public Problem {
     args_.out = {out_.data(), s_.dtype, {tokens, s_.num_q_heads, d}};
     args_.params.causal = true;
     if (s_.block_size == 0) {
-      args_.k = {k_.data(), s_.dtype, {keys, s_.num_kv_heads, d}};
-      args_.v = {v_.data(), s_.dtype, {keys, s_.num_kv_heads, d}};
+      args_.k = {k_.data(), s_.kv_dtype, {keys, s_.num_kv_heads, d}};
+      args_.v = {v_.data(), s_.kv_dtype, {keys, s_.num_kv_heads, d}};
       return;
     }
     const std::int64_t blocks = keys / s_.block_size;
@@ -110,7 +114,7 @@ class AttentionProblem : public Problem {
     for (std::size_t i = table_.size() - 1; i > 0; --i)
       std::swap(table_[i], table_[hash64(i) % (i + 1)]);
     const auto hnd = [&](const Buffer& b) {
-      return ConstTensorView{b.data(), s_.dtype, {blocks, s_.num_kv_heads, s_.block_size, d}}
+      return ConstTensorView{b.data(), s_.kv_dtype, {blocks, s_.num_kv_heads, s_.block_size, d}}
           .permute({0, 2, 1, 3});
     };
     args_.k = hnd(k_);
@@ -158,10 +162,10 @@ class AttentionProblem : public Problem {
     p.scale = 1.0 / std::sqrt(static_cast<double>(s_.head_dim));
     p.q = [&](int d) { return value_at(q_.data(), s_.dtype, row + d); };
     p.k = [&](std::int64_t j, int d) {
-      return value_at(k_.data(), s_.dtype, kv_index(request, j, kv_head, d));
+      return value_at(k_.data(), s_.kv_dtype, kv_index(request, j, kv_head, d));
     };
     p.v = [&](std::int64_t j, int d) {
-      return value_at(v_.data(), s_.dtype, kv_index(request, j, kv_head, d));
+      return value_at(v_.data(), s_.kv_dtype, kv_index(request, j, kv_head, d));
     };
     const oracle::RowResult want = oracle::attention_row(p);
     for (int d = 0; d < s_.head_dim; ++d) {

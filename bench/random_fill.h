@@ -32,12 +32,16 @@ inline void fill_random(void* to, DType dtype, std::int64_t count, std::uint64_t
   if (dtype == DType::f32) fill_random(static_cast<float*>(to), count, seed);
   if (dtype == DType::f16) fill_random(static_cast<f16*>(to), count, seed);
   if (dtype == DType::bf16) fill_random(static_cast<bf16*>(to), count, seed);
+  if (dtype == DType::fp8_e4m3) fill_random(static_cast<fp8_e4m3*>(to), count, seed);
+  if (dtype == DType::fp8_e5m2) fill_random(static_cast<fp8_e5m2*>(to), count, seed);
 }
 
-/// Element `i` of a buffer of `dtype` (f32, f16 or bf16).
+/// Element `i` of a buffer of a floating-point `dtype`.
 inline float value_at(const void* from, DType dtype, std::int64_t i) noexcept {
   if (dtype == DType::f32) return static_cast<const float*>(from)[i];
   if (dtype == DType::f16) return to_f32(static_cast<const f16*>(from)[i]);
+  if (dtype == DType::fp8_e4m3) return to_f32(static_cast<const fp8_e4m3*>(from)[i]);
+  if (dtype == DType::fp8_e5m2) return to_f32(static_cast<const fp8_e5m2*>(from)[i]);
   return to_f32(static_cast<const bf16*>(from)[i]);
 }
 

@@ -106,6 +106,13 @@ void Storage::accept(std::int64_t offset) noexcept {
   std::memcpy(&expected_[byte_of(offset)], &bytes_[byte_of(offset)], size_of(view_.dtype));
 }
 
+void Storage::expect_value(std::int64_t offset, double value) {
+  const double now = get(offset);
+  set(offset, value);
+  accept(offset);
+  set(offset, now);
+}
+
 void Storage::expect_copy(std::int64_t offset, const Storage& from,
                           std::int64_t from_offset) noexcept {
   std::memcpy(&expected_[byte_of(offset)], &from.bytes_[from.byte_of(from_offset)],

@@ -52,6 +52,8 @@ class Storage {
   void reset();
   /// Expects the element to be as it is now: writing it was allowed.
   void accept(std::int64_t offset) noexcept;
+  /// Expects the element to become this value, rounded to the dtype.
+  void expect_value(std::int64_t offset, double value);
   /// Expects the element to become a bitwise copy of another one.
   void expect_copy(std::int64_t offset, const Storage& from, std::int64_t from_offset) noexcept;
   /// Same for an element of this storage, as it is expected to be by now.

@@ -239,7 +239,7 @@ ReplayResult Engine::run() {
   }
   result_.counters = scheduler_->counters();
   if (pool_) result_.peak_used_blocks = pool_->peak_used();
-  result_.check = check_rows(sampled_, model_, generator_, executor_);
+  result_.check = check_rows(sampled_, model_, generator_, cache_spec().dtype, executor_);
   return std::move(result_);
 }
 

@@ -8,6 +8,7 @@
 #include <cmath>
 #include <limits>
 
+#include "attend/core/float_types.h"
 #include "attend/oracle/attention.h"
 
 namespace attend::serving {
@@ -47,8 +48,15 @@ class RegeneratedRows {
   std::vector<float> values_;
 };
 
+/// A generated value after its way through the cache; generated values fit every other type.
+double as_stored(double x, DType cache_dtype) {
+  if (cache_dtype == DType::fp8_e4m3) return to_f32(to_fp8_e4m3(static_cast<float>(x)));
+  if (cache_dtype == DType::fp8_e5m2) return to_f32(to_fp8_e5m2(static_cast<float>(x)));
+  return x;
+}
+
 oracle::RowResult recompute(const SampledRow& row, const ModelPreset& model,
-                            const ValueGenerator& generator) {
+                            const ValueGenerator& generator, DType cache_dtype) {
   std::vector<float> query(static_cast<std::size_t>(model.head_dim));
   const std::uint64_t content = row.position < row.first_rejected
                                     ? own_content_id(*row.request)
@@ -76,8 +84,8 @@ oracle::RowResult recompute(const SampledRow& row, const ModelPreset& model,
   }
   if (model.sinks) p.sink = sink_logits(model.num_q_heads)[static_cast<std::size_t>(row.head)];
   p.q = [&](int d) { return static_cast<double>(query[static_cast<std::size_t>(d)]); };
-  p.k = [&](std::int64_t j, int d) { return keys(j, d); };
-  p.v = [&](std::int64_t j, int d) { return values(j, d); };
+  p.k = [&](std::int64_t j, int d) { return as_stored(keys(j, d), cache_dtype); };
+  p.v = [&](std::int64_t j, int d) { return as_stored(values(j, d), cache_dtype); };
   return oracle::attention_row(p);
 }
 
@@ -94,9 +102,9 @@ double ratio_to_bound(double got, double want, double bound) {
   return std::isnan(ratio) ? std::numeric_limits<double>::infinity() : ratio;
 }
 
-RowOutcome compare(const SampledRow& row, const ModelPreset& model,
-                   const ValueGenerator& generator) {
-  const oracle::RowResult want = recompute(row, model, generator);
+RowOutcome compare(const SampledRow& row, const ModelPreset& model, const ValueGenerator& generator,
+                   DType cache_dtype) {
+  const oracle::RowResult want = recompute(row, model, generator, cache_dtype);
   RowOutcome outcome;
   const auto note = [&](double got, double reference, double bound, std::string_view what) {
     const double ratio = ratio_to_bound(got, reference, bound);
@@ -149,12 +157,12 @@ std::int64_t ReservoirSampler::choose_slot() {
 }
 
 CheckSummary check_rows(const std::vector<SampledRow>& rows, const ModelPreset& model,
-                        const ValueGenerator& generator, Executor& executor) {
+                        const ValueGenerator& generator, DType cache_dtype, Executor& executor) {
   std::vector<RowOutcome> outcomes(rows.size());
   std::atomic<std::size_t> next{0};
   executor.run([&](int) {
     for (std::size_t i = next++; i < rows.size(); i = next++) {
-      outcomes[i] = compare(rows[i], model, generator);
+      outcomes[i] = compare(rows[i], model, generator, cache_dtype);
     }
   });
   CheckSummary summary;

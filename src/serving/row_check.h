@@ -62,8 +62,9 @@ struct CheckSummary {
 };
 
 /// Computes every row again in float64 from the generator, never from the cache, and compares
-/// against the oracle's error bounds.
+/// against the oracle's error bounds. Keys and values are rounded to `cache_dtype` as the cache
+/// stores them: the bounds are those of the arithmetic, not of the quantisation.
 CheckSummary check_rows(const std::vector<SampledRow>& rows, const ModelPreset& model,
-                        const ValueGenerator& generator, Executor& executor);
+                        const ValueGenerator& generator, DType cache_dtype, Executor& executor);
 
 }  // namespace attend::serving

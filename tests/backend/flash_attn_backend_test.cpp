@@ -94,7 +94,34 @@ TEST(FlashAttnImpl, RefusesBadConfigsByName) {
       {"head_size", [](auto& c) { c.head_size = 0; }},
       {"dtype", [](auto& c) { c.dtype = DType::i8; }},
       {"kv_cache_dtype", [](auto& c) { c.kv_cache_dtype = "f16"; }},
-      {"kv_cache_dtype", [](auto& c) { c.kv_cache_dtype = "fp8"; }},
+      {"kv_cache_dtype", [](auto& c) { c.kv_cache_dtype = "int8"; }},
+      {"kv_cache_dtype",
+       [](auto& c) {
+         c.kv_cache_dtype = "fp8";
+         c.attn_type = AttentionType::encoder;
+       }},
+      {"k_scale", [](auto& c) { c.k_scale = {1.0F}; }},
+      {"v_scale",
+       [](auto& c) {
+         c.kv_cache_dtype = "fp8";
+         c.k_scale = {1.0F};
+       }},
+      {"k_scale",
+       [](auto& c) {
+         c.kv_cache_dtype = "fp8_e5m2";
+         c.k_scale = c.v_scale = {1.0F, 0.0F};
+       }},
+      {"v_scale",
+       [=](auto& c) {
+         c.kv_cache_dtype = "fp8";
+         c.k_scale = {1.0F};
+         c.v_scale = {nan};
+       }},
+      {"k_scale",
+       [](auto& c) {
+         c.kv_cache_dtype = "fp8";
+         c.k_scale = c.v_scale = {1.0F, 1.0F, 1.0F};
+       }},
       {"kv_cache_dtype", [](auto& c) { c.kv_cache_dtype = "nonsense"; }},
       {"scale", [](auto& c) { c.scale = 0.0F; }},
       {"scale", [=](auto& c) { c.scale = nan; }},
@@ -138,7 +165,7 @@ TEST(FlashAttnBuilder, RefusesBadConfigsByName) {
       {"num_q_heads", [](auto& c) { c.num_q_heads = 7; }},
       {"num_kv_heads", [](auto& c) { c.cache.num_kv_heads = 0; }},
       {"head_size", [](auto& c) { c.cache.head_size = 4; }},
-      {"cache.dtype", [](auto& c) { c.cache.dtype = DType::fp8_e4m3; }},
+      {"cache.dtype", [](auto& c) { c.cache.dtype = DType::i8; }},
       {"num_blocks", [](auto& c) { c.cache.num_blocks = 0; }},
       {"block_size", [](auto& c) { c.cache.block_size = 8; }},
       {"window_left", [](auto& c) { c.window_left = -2; }},

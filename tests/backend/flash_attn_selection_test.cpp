@@ -71,17 +71,18 @@ TEST(FlashAttnSelection, ServesTheTypesAndModesThatItHas) {
 TEST(FlashAttnSelection, GivesAllReasonsInOrder) {
   AttentionConfig config = plain_config("cuda:7.0");
   config.head_size = 260;
-  config.kv_cache_dtype = "fp8";
+  config.kv_cache_dtype = "int8";
   config.block_size = 8;
   config.use_mla = config.has_sink = config.use_sparse = config.use_alibi_sqrt = true;
   config.use_per_head_quant_scales = config.use_mm_prefix = true;
   EXPECT_THAT(
       reasons_against_flash_attn(select_backend(config)),
       ElementsAre("head_size not supported: 260 (must be a multiple of 8, at most 256)",
-                  "kv_cache_dtype not supported: fp8 (must be auto, f16, bf16 or f32)",
+                  "kv_cache_dtype not supported: int8 (must be auto, f16, bf16, f32, fp8_e4m3 or "
+                  "fp8_e5m2)",
                   "block_size not supported: 8 (must be a multiple of 16)",
                   "partial multimodal token full attention not supported", "MLA not supported",
-                  "sparse not supported", "per-head quant scales not supported",
+                  "sparse not supported",
                   "compute capability not supported: 7.0 (must be at least 8.0)",
                   "sink not supported on compute capability < 9.0"));
 }
@@ -98,6 +99,23 @@ TEST(FlashAttnSelection, SinksAndSqrtAlibiAreSupported) {
   EXPECT_THAT(reasons_against_flash_attn(select_backend(config)),
               ElementsAre("sink not supported on compute capability < 9.0; kv_cache_dtype f16 "
                           "differs from dtype bf16 (the cache stores keys as they are)"));
+}
+
+TEST(FlashAttnSelection, Fp8CachesAreForDecodersAndCrossAttention) {
+  AttentionConfig config = plain_config();
+  config.use_per_head_quant_scales = true;
+  for (const char* name : {"fp8", "fp8_e4m3", "fp8_e5m2"}) {
+    config.kv_cache_dtype = name;
+    for (const auto type : {AttentionType::decoder, AttentionType::encoder_decoder}) {
+      config.attn_type = type;
+      EXPECT_NE(select_backend(config).backend, nullptr) << name << " " << to_string(type);
+    }
+    for (const auto type : {AttentionType::encoder, AttentionType::encoder_only}) {
+      config.attn_type = type;
+      EXPECT_THAT(reasons_against_flash_attn(select_backend(config)),
+                  ElementsAre("quantization is not supported for encoder attention"));
+    }
+  }
 }
 
 TEST(FlashAttnSelection, CacheMustHaveTheComputeType) {

@@ -190,6 +190,15 @@ TEST(Replay, ReportsProgress) {
   EXPECT_LT(seen.front().fraction, 1.0);
 }
 
+TEST(Replay, Fp8CachesAreCheckedAgainstTheRoundedValues) {
+  const ModelPreset model = small_model();
+  for (const char* dtype : {"fp8_e4m3", "fp8_e5m2"}) {
+    ReplayConfig config = small_config(model);
+    config.kv_cache_dtype = dtype;
+    expect_correct(any_trace(), config);
+  }
+}
+
 TEST(Replay, RealtimeWaitsForArrivals) {
   const ModelPreset model = small_model();
   Trace trace = small_trace("requests=2,prompt=10,output=1,spread=0,shared=0");
@@ -218,7 +227,7 @@ TEST(Replay, RefusesBadSettings) {
   expect_refused([](ReplayConfig& c) { c.check_rows = -1; });
   expect_refused([](ReplayConfig& c) { c.max_num_batched_tokens = 0; });
   expect_refused([](ReplayConfig& c) { c.backend = "NO_SUCH_BACKEND"; });
-  expect_refused([](ReplayConfig& c) { c.kv_cache_dtype = "fp8_e4m3"; });
+  expect_refused([](ReplayConfig& c) { c.kv_cache_dtype = "int8"; });
   expect_refused([](ReplayConfig& c) { c.dtype = DType::i8; });
 }
 

@@ -94,7 +94,7 @@ class CheckRows : public ::testing::Test {
   }
 
   CheckSummary check(const SampledRow& row) {
-    return check_rows({row}, model_, generator_, *executor_);
+    return check_rows({row}, model_, generator_, generator_.dtype(), *executor_);
   }
 
   ModelPreset model_;

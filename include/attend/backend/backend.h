@@ -133,6 +133,9 @@ struct ImplConfig {
   /// The layer owns no cache: it is given the one that an earlier layer has written in this step,
   /// writes nothing and ignores key and value. Not for encoders, which have no cache to share.
   bool shares_kv_cache = false;
+  /// fp8 caches: a stored code stands for code * scale. 1 value or one a kv head, finite and > 0;
+  /// empty = 1. Both of the same size; empty for other caches.
+  std::vector<float> k_scale, v_scale;
 };
 
 /// Tensors of one layer's call. T may exceed the batch's num_tokens (padding): rows beyond it are

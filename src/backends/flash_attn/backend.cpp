@@ -36,12 +36,17 @@ class FlashAttnBackend final : public Backend {
     std::string reason;
     if (c.has_sink && c.platform.type == DeviceType::cuda && c.platform.capability() < 90)
       reason = "sink not supported on compute capability < 9.0";
-    // Quantised caches already have their own reason: only the compute types are compared.
+    const auto add = [&](std::string_view text) {
+      reason += fmt::format("{}{}", reason.empty() ? "" : "; ", text);
+    };
     const std::optional<DType> stored = resolve_kv_cache_dtype(c.kv_cache_dtype, c.dtype);
+    const bool encoder =
+        c.attn_type == AttentionType::encoder || c.attn_type == AttentionType::encoder_only;
+    if (stored && is_fp8(*stored) && encoder)
+      add("quantization is not supported for encoder attention");
     if (stored && is_float_compute(*stored) && *stored != c.dtype) {
-      reason += fmt::format(
-          "{}kv_cache_dtype {} differs from dtype {} (the cache stores keys as they are)",
-          reason.empty() ? "" : "; ", to_string(*stored), to_string(c.dtype));
+      add(fmt::format("kv_cache_dtype {} differs from dtype {} (the cache stores keys as they are)",
+                      to_string(*stored), to_string(c.dtype)));
     }
     if (reason.empty()) return std::nullopt;
     return reason;
@@ -52,7 +57,7 @@ class FlashAttnBackend final : public Backend {
     Capability can;
     can.dtypes = {DType::f16, DType::bf16, DType::f32};
     can.cpu_only_dtypes = {DType::f32};
-    can.kv_cache_dtypes = {"auto", "f16", "bf16", "f32"};
+    can.kv_cache_dtypes = {"auto", "f16", "bf16", "f32", "fp8_e4m3", "fp8_e5m2"};
     can.head_size_multiple = kHeadSizeMultiple;
     can.max_head_size = kMaxHeadSize;
     can.block_sizes = {kBlockSizeMultiple};
@@ -62,6 +67,7 @@ class FlashAttnBackend final : public Backend {
     can.min_cuda_capability = 80;
     can.supports_non_causal = true;
     can.supports_batch_invariance = true;
+    can.supports_per_head_quant_scales = true;
     can.supports_sink = true;
     can.supports_alibi_sqrt = true;
     return can;

@@ -21,8 +21,8 @@ constexpr int kMaxSpeculativeTokens = 1 << 20;
 void check_config(const BuilderConfig& c) {
   const auto at = [](std::string_view argument) { return check::Where{kMakeOp, argument}; };
   check_heads(kMakeOp, c.num_q_heads, c.cache.num_kv_heads, c.cache.head_size);
-  check::require(is_float_compute(c.cache.dtype), at("cache.dtype"), "f32, f16 or bf16",
-                 to_string(c.cache.dtype));
+  check::require(is_float_compute(c.cache.dtype) || is_fp8(c.cache.dtype), at("cache.dtype"),
+                 "f32, f16, bf16, fp8_e4m3 or fp8_e5m2", to_string(c.cache.dtype));
   if (!is_encoder(c.attn_type)) {
     c.cache.validate();
     check_block_size(kMakeOp, c.cache.block_size);

@@ -6,6 +6,7 @@
 #include <cstring>
 #include <limits>
 #include <string>
+#include <utility>
 
 #include "attend/ops/attention.h"
 #include "attend/ops/cache.h"
@@ -20,13 +21,40 @@ namespace {
 constexpr std::string_view kMakeOp = "FLASH_ATTN.make_impl";
 constexpr std::string_view kForwardOp = "FLASH_ATTN.forward";
 
+void check_kv_scales(const ImplConfig& c, bool allowed) {
+  for (const auto& [name, scales] : {std::pair{"k_scale", &c.k_scale}, {"v_scale", &c.v_scale}}) {
+    const check::Where where{kMakeOp, name};
+    check::require(allowed || scales->empty(), where, "none: the cache is not fp8", scales->size());
+    check::require(
+        scales->empty() || scales->size() == 1 ||
+            scales->size() == static_cast<std::size_t>(c.num_kv_heads),
+        where, [&] { return fmt::format("none, 1 or {}, one a kv head", c.num_kv_heads); },
+        scales->size());
+    for (std::size_t h = 0; h < scales->size(); ++h) {
+      const float x = (*scales)[h];
+      check::require(std::isfinite(x) && x > 0.0F, where, "finite values > 0",
+                     [&] { return fmt::format("{} at index {}", x, h); });
+    }
+  }
+  check::require(
+      c.k_scale.size() == c.v_scale.size(), {kMakeOp, "v_scale"},
+      [&] { return fmt::format("{} values, as many as k_scale", c.k_scale.size()); },
+      c.v_scale.size());
+}
+
 void check_config(const ImplConfig& c) {
   const auto at = [](std::string_view argument) { return check::Where{kMakeOp, argument}; };
   check_heads(kMakeOp, c.num_q_heads, c.num_kv_heads, c.head_size);
   check::require(is_float_compute(c.dtype), at("dtype"), "f32, f16 or bf16", to_string(c.dtype));
+  const DType stored = resolve_kv_cache_dtype(c.kv_cache_dtype, c.dtype).value_or(DType::u8);
   check::require(
-      resolve_kv_cache_dtype(c.kv_cache_dtype, c.dtype) == c.dtype, at("kv_cache_dtype"),
-      [&] { return fmt::format("auto or {}", to_string(c.dtype)); }, c.kv_cache_dtype);
+      stored == c.dtype || (is_fp8(stored) && !is_encoder(c.attn_type)), at("kv_cache_dtype"),
+      [&] {
+        return fmt::format("auto or {}{}", to_string(c.dtype),
+                           is_encoder(c.attn_type) ? "" : ", fp8_e4m3 or fp8_e5m2");
+      },
+      c.kv_cache_dtype);
+  check_kv_scales(c, is_fp8(stored));
   if (c.scale) {
     check::require(std::isfinite(*c.scale) && *c.scale > 0.0F, at("scale"), "finite and > 0",
                    *c.scale);
@@ -82,6 +110,13 @@ class FlashAttnImpl final : public Impl {
  public:
   explicit FlashAttnImpl(const ImplConfig& config) : config_(config) {
     check_config(config_);
+    cache_dtype_ = resolve_kv_cache_dtype(config_.kv_cache_dtype, config_.dtype).value();
+    const auto per_head = [&](std::vector<float>& scales) {
+      const float one = scales.empty() ? 1.0F : scales[0];
+      if (scales.size() < 2) scales.assign(static_cast<std::size_t>(config_.num_kv_heads), one);
+    };
+    per_head(config_.k_scale);
+    per_head(config_.v_scale);
     if (config_.sliding_window) {
       window_left_ = *config_.sliding_window - 1;
       window_right_ = config_.attn_type == AttentionType::encoder_only ? window_left_ : 0;
@@ -181,7 +216,7 @@ class FlashAttnImpl final : public Impl {
     if (!config_.shares_kv_cache) check_new_keys(args, m);
     if (encoder) return;
     const check::Where where{kForwardOp, "kv_cache"};
-    check::tensor(where, args.kv_cache, 5, {config_.dtype});
+    check::tensor(where, args.kv_cache, 5, {cache_dtype_});
     check::shape(where, args.kv_cache,
                  {2, -1, m.block_size, config_.num_kv_heads, config_.head_size});
     check::unit_last_stride(where, args.kv_cache);
@@ -216,6 +251,10 @@ class FlashAttnImpl final : public Impl {
       a.v = args.kv_cache.select(0, 1);
       a.block_table = m.block_table;
     }
+    if (is_fp8(cache_dtype_)) {
+      a.k_descale = per_request(config_.k_scale, m.num_reqs);
+      a.v_descale = per_request(config_.v_scale, m.num_reqs);
+    }
     a.params.scale = config_.scale;
     a.params.causal = m.causal;
     a.params.window_left = m.window_left;
@@ -233,17 +272,29 @@ class FlashAttnImpl final : public Impl {
     return a;
   }
 
-  static ReshapeAndCacheFlashArgs cache_args(const ForwardArgs& args, const FlashAttnMetadata& m) {
+  /// The same scales for every request.
+  ConstTensorView per_request(const std::vector<float>& scales, int num_reqs) const {
+    ConstTensorView view(scales.data(), DType::f32, {num_reqs, config_.num_kv_heads});
+    view.strides[0] = 0;
+    return view;
+  }
+
+  ReshapeAndCacheFlashArgs cache_args(const ForwardArgs& args, const FlashAttnMetadata& m) const {
     ReshapeAndCacheFlashArgs a;
     a.key = args.key.slice(0, 0, m.num_new_keys);
     a.value = args.value.slice(0, 0, m.num_new_keys);
     a.key_cache = args.kv_cache.select(0, 0);
     a.value_cache = args.kv_cache.select(0, 1);
     a.slot_mapping = ConstTensorView(m.slot_mapping.data(), DType::i64, {m.num_new_keys});
+    if (is_fp8(cache_dtype_)) {
+      a.k_scale = ConstTensorView(config_.k_scale.data(), DType::f32, {config_.num_kv_heads});
+      a.v_scale = ConstTensorView(config_.v_scale.data(), DType::f32, {config_.num_kv_heads});
+    }
     return a;
   }
 
-  ImplConfig config_;
+  ImplConfig config_;  ///< k_scale and v_scale as one value a kv head
+  DType cache_dtype_ = DType::bf16;
   int window_left_ = -1;
   int window_right_ = -1;
 };

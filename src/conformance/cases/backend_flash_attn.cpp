@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <fmt/format.h>
 
+#include <cmath>
 #include <cstring>
 #include <optional>
 #include <utility>
@@ -84,6 +85,7 @@ class FlashAttnBackendCase final : public Case {
       text += fmt::format(" {} block_size {} layers {}", to_string(layout_), spec_.block_size,
                           spec_.num_layers);
     }
+    if (is_fp8(spec_.dtype)) text += fmt::format(" {} cache", to_string(spec_.dtype));
     if (keys_in_cache_) text += " keys already in the cache";
     if (!batch_.request_causal.empty()) text += " causal per request";
     return text;
@@ -166,6 +168,7 @@ class FlashAttnBackendCase final : public Case {
     spec_.num_kv_heads = shape_.kv_heads;
     spec_.head_size = shape_.head_dim;
     spec_.dtype = shape_.dtype;
+    if (rng.chance(0.3)) choose_fp8(rng);
     spec_.num_layers = rng.chance(0.4) ? rng.range(1, 3) : 0;
     layout_ = rng.pick({KvLayout::nhd, KvLayout::hnd});
     layer_ = spec_.num_layers > 0 ? rng.range(0, spec_.num_layers - 1) : 0;
@@ -182,6 +185,22 @@ class FlashAttnBackendCase final : public Case {
         }
       }
     }
+  }
+
+  /// Scales are powers of two, so that dividing by one is exact and the oracle can encode.
+  void choose_fp8(Rng& rng) {
+    spec_.dtype = rng.pick({DType::fp8_e4m3, DType::fp8_e5m2});
+    const auto scales =
+        rng.chance(0.5) ? std::size_t{1} : static_cast<std::size_t>(shape_.kv_heads);
+    for (std::size_t h = 0; h < scales; ++h) {
+      k_scale_.push_back(static_cast<float>(std::ldexp(1.0, rng.range(-3, 3))));
+      v_scale_.push_back(static_cast<float>(std::ldexp(1.0, rng.range(-3, 3))));
+    }
+  }
+  double cache_scale(int plane, int head) const {
+    const std::vector<float>& scales = plane == 0 ? k_scale_ : v_scale_;
+    if (scales.empty()) return 1.0;
+    return scales[scales.size() == 1 ? 0 : static_cast<std::size_t>(head)];
   }
 
   /// Slots of each request that are neither read nor written.
@@ -224,7 +243,7 @@ class FlashAttnBackendCase final : public Case {
     if (has_cache()) batch_.block_table = blocks_->table.view();
   }
 
-  /// Calls `visit(plane, element of the cache, element of key or value)` for this step's rows.
+  /// Calls `visit(value to store, element of the cache)` for this step's rows.
   template <typename Visit>
   void for_new_elements(const Visit& visit) {
     if (!has_cache()) return;
@@ -237,28 +256,31 @@ class FlashAttnBackendCase final : public Case {
             const Storage& rows = plane == 0 ? key_ : value_;
             const std::int64_t to = cache_offset(plane, r, first + i, h);
             const std::int64_t from = rows.offset({start + i, h, 0});
-            for (int d = 0; d < shape_.head_dim; ++d) visit(rows, to + d, from + d);
+            for (int d = 0; d < shape_.head_dim; ++d)
+              visit(rows.get(from + d) / cache_scale(plane, h), to + d);
           }
         }
       }
     }
   }
   void write_new_rows() {
-    for_new_elements([&](const Storage& rows, std::int64_t to, std::int64_t from) {
-      cache_.set(to, rows.get(from));
-    });
+    for_new_elements([&](double x, std::int64_t to) { cache_.set(to, x); });
   }
   void poison_new_rows() {
     if (keys_in_cache_) return;
-    for_new_elements([&](const Storage&, std::int64_t to, std::int64_t) {
-      cache_.set(to, std::numeric_limits<double>::quiet_NaN());
-    });
+    for_new_elements(
+        [&](double, std::int64_t to) { cache_.set(to, std::numeric_limits<double>::quiet_NaN()); });
   }
   void expect_new_rows() {
     if (keys_in_cache_) return;
-    for_new_elements([&](const Storage& rows, std::int64_t to, std::int64_t from) {
-      cache_.expect_copy(to, rows, from);
-    });
+    for_new_elements([&](double x, std::int64_t to) { cache_.expect_value(to, x); });
+  }
+
+  /// [1, kv heads], in `values`.
+  ConstTensorView descale(int plane, std::vector<float>& values) const {
+    for (int h = 0; h < shape_.kv_heads; ++h)
+      values.push_back(static_cast<float>(cache_scale(plane, h)));
+    return {values.data(), DType::f32, {1, shape_.kv_heads}};
   }
 
   /// Oracle of one request, over the cache with this step's rows in it (or over the rows alone).
@@ -267,6 +289,7 @@ class FlashAttnBackendCase final : public Case {
     const std::int64_t first = shape_.query_start_loc()[r], query_len = shape_.query_lens[r];
     const std::int32_t q_start[] = {0, shape_.query_lens[r]};
     const std::int32_t seq_len[] = {shape_.seq_lens[r]};
+    std::vector<float> k_descale, v_descale;
     FlashAttnVarlenArgs a;
     a.q = query_.view().slice(0, first, query_len);
     a.out = output_.view().slice(0, first, query_len);
@@ -276,6 +299,10 @@ class FlashAttnBackendCase final : public Case {
       a.v = layer_view().select(0, 1);
       a.seq_lens = {seq_len, DType::i32, {1}};
       a.block_table = blocks_->table.view().slice(0, request, 1);
+      if (is_fp8(spec_.dtype)) {
+        a.k_descale = descale(0, k_descale);
+        a.v_descale = descale(1, v_descale);
+      }
     } else {
       a.k = key_.view().slice(0, first, query_len);
       a.v = value_.view().slice(0, first, query_len);
@@ -311,7 +338,7 @@ class FlashAttnBackendCase final : public Case {
     c.cache = spec_;
     c.cache.num_kv_heads = shape_.kv_heads;
     c.cache.head_size = shape_.head_dim;
-    c.cache.dtype = shape_.dtype;
+    c.cache.dtype = has_cache() ? spec_.dtype : shape_.dtype;
     c.window_left = shape_.window_left;
     c.window_right = shape_.window_right;
     c.num_workers = executor.num_workers();
@@ -339,6 +366,9 @@ class FlashAttnBackendCase final : public Case {
     c.lse_includes_sink = params_.lse_includes_sink;
     c.attn_type = type_;
     c.dtype = shape_.dtype;
+    if (has_cache()) c.kv_cache_dtype = to_string(spec_.dtype);
+    c.k_scale = k_scale_;
+    c.v_scale = v_scale_;
     return c;
   }
 
@@ -353,6 +383,7 @@ class FlashAttnBackendCase final : public Case {
   HeadValues head_values_;
   Storage query_, output_, lse_, key_, value_, cache_;
   KvCacheSpec spec_;
+  std::vector<float> k_scale_, v_scale_;  ///< fp8 caches only
   KvLayout layout_ = KvLayout::nhd;
   int layer_ = 0;
   std::optional<RandomBlocks> blocks_;
