@@ -6,6 +6,7 @@
 #include "attend/dist/decode_context_parallel.h"
 #include "attend/ops/merge.h"
 #include "dist/dcp/attention_checks.h"
+#include "dist/dcp/reserve.h"
 #include "ops/attention_problem.h"
 
 namespace attend {
@@ -14,6 +15,7 @@ namespace {
 using dcp::AttentionPlans;
 using dcp::AttentionSizes;
 using dcp::HeadRun;
+using dcp::reserve;
 
 /// A partial result of the call.
 struct Part {
@@ -28,15 +30,6 @@ struct Scratch {
 Scratch& thread_scratch() {
   thread_local Scratch scratch;
   return scratch;
-}
-
-TensorView reserve(Buffer& buffer, DType dtype, std::initializer_list<std::int64_t> shape) {
-  TensorView t(nullptr, dtype, shape);
-  // A view must point somewhere even if it has no element.
-  const std::int64_t elements = std::max<std::int64_t>(t.numel(), 1);
-  buffer.reserve(static_cast<std::size_t>(elements) * size_of(dtype));
-  t.data = buffer.data();
-  return t;
 }
 
 Part reserve_part(Buffer& out, Buffer& lse, const AttentionSizes& s, DType dtype,

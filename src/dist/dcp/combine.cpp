@@ -9,9 +9,12 @@
 #include "attend/core/workspace.h"
 #include "attend/dist/decode_context_parallel.h"
 #include "core/check.h"
+#include "dist/dcp/reserve.h"
 
 namespace attend {
 namespace {
+
+using dcp::reserve;
 
 constexpr double kEmpty = -std::numeric_limits<double>::infinity();
 
@@ -27,15 +30,6 @@ struct Scratch {
 Scratch& thread_scratch() {
   thread_local Scratch scratch;
   return scratch;
-}
-
-TensorView reserve(Buffer& buffer, DType dtype, std::initializer_list<std::int64_t> shape) {
-  TensorView t(nullptr, dtype, shape);
-  // A view must point somewhere even if it has no element.
-  const std::int64_t elements = std::max<std::int64_t>(t.numel(), 1);
-  buffer.reserve(static_cast<std::size_t>(elements) * size_of(dtype));
-  t.data = buffer.data();
-  return t;
 }
 
 Shape checked_shape(std::string_view op, const DcpCombineArgs& a, const Communicator& comm,
