@@ -9,6 +9,7 @@
 #include <numeric>
 
 #include "attend/core/float_types.h"
+#include "attend/oracle/quantize.h"
 
 namespace attend::conformance {
 namespace {
@@ -52,8 +53,7 @@ double Storage::get(std::int64_t offset) const noexcept {
     std::memcpy(&x, at, sizeof x);
     return x;
   }
-  if (view_.dtype == DType::fp8_e4m3) return to_f32(fp8_e4m3{static_cast<std::uint8_t>(*at)});
-  if (view_.dtype == DType::fp8_e5m2) return to_f32(fp8_e5m2{static_cast<std::uint8_t>(*at)});
+  if (is_fp8(view_.dtype)) return oracle::fp8_value(view_.dtype, static_cast<std::uint8_t>(*at));
   std::uint16_t bits;
   std::memcpy(&bits, at, sizeof bits);
   return view_.dtype == DType::f16 ? to_f32(f16{bits}) : to_f32(bf16{bits});
@@ -67,8 +67,7 @@ void Storage::set(std::int64_t offset, double value) noexcept {
     return;
   }
   if (is_fp8(view_.dtype)) {
-    *at = static_cast<std::byte>(view_.dtype == DType::fp8_e4m3 ? to_fp8_e4m3(x).bits
-                                                                : to_fp8_e5m2(x).bits);
+    *at = static_cast<std::byte>(oracle::fp8_code(view_.dtype, x, 1.0F));
     return;
   }
   const std::uint16_t bits = view_.dtype == DType::f16 ? to_f16(x).bits : to_bf16(x).bits;

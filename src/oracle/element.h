@@ -7,6 +7,7 @@
 #include <limits>
 
 #include "attend/core/tensor_view.h"
+#include "attend/oracle/quantize.h"
 
 /// Reading and rounding of single elements. Decodes the formats itself instead of using
 /// core/float_types.h, so that a wrong conversion there does not cancel out.
@@ -35,28 +36,10 @@ inline double decode_f16(std::uint16_t bits) noexcept {
   return sign * std::ldexp(1024 + fraction, exponent - 25);
 }
 
-/// An 8-bit code with that many fraction bits and that exponent bias; E4M3 has no infinity and one
-/// NaN a sign, E5M2 is as IEEE would have it.
-inline double decode_fp8(std::uint8_t bits, int fraction_bits, int bias) noexcept {
-  const int fraction = bits & ((1 << fraction_bits) - 1);
-  const int exponent = (bits & 0x7f) >> fraction_bits;
-  const double sign = (bits & 0x80) != 0 ? -1.0 : 1.0;
-  if (fraction_bits == 3 && (bits & 0x7f) == 0x7f) return std::numeric_limits<double>::quiet_NaN();
-  if (fraction_bits == 2 && exponent == 31) {
-    return fraction != 0 ? std::numeric_limits<double>::quiet_NaN()
-                         : sign * std::numeric_limits<double>::infinity();
-  }
-  if (exponent == 0) return sign * std::ldexp(fraction, 1 - bias - fraction_bits);
-  return sign * std::ldexp((1 << fraction_bits) + fraction, exponent - bias - fraction_bits);
-}
-
 /// Element of a floating-point tensor at an offset in elements.
 inline double element(const ConstTensorView& t, std::int64_t offset) noexcept {
   if (t.dtype == DType::f32) return static_cast<const float*>(t.data)[offset];
-  if (t.dtype == DType::fp8_e4m3)
-    return decode_fp8(static_cast<const std::uint8_t*>(t.data)[offset], 3, 7);
-  if (t.dtype == DType::fp8_e5m2)
-    return decode_fp8(static_cast<const std::uint8_t*>(t.data)[offset], 2, 15);
+  if (is_fp8(t.dtype)) return fp8_value(t.dtype, static_cast<const std::uint8_t*>(t.data)[offset]);
   const std::uint16_t bits = static_cast<const std::uint16_t*>(t.data)[offset];
   if (t.dtype == DType::f16) return decode_f16(bits);
   return std::bit_cast<float>(std::uint32_t{bits} << 16);

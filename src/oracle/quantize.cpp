@@ -63,13 +63,14 @@ std::uint8_t fp8_code(DType format, double x, float scale) noexcept {
   if (std::isnan(x)) return static_cast<std::uint8_t>(sign | 0x7F);
   const std::span<const double> values = finite_magnitudes(format);
   const double target = std::min(std::abs(quotient(x, scale)), values.back());
-  std::size_t best = 0;
-  for (std::size_t code = 1; code < values.size(); ++code) {
-    const double distance = std::abs(values[code] - target);
-    const double best_distance = std::abs(values[best] - target);
-    if (distance < best_distance || (distance == best_distance && code % 2 == 0)) best = code;
+  // The first value that is not below, and its neighbour below.
+  const auto above = std::lower_bound(values.begin(), values.end(), target);
+  auto code = static_cast<int>(above - values.begin());
+  if (code > 0) {
+    const double up = *above - target, down = target - *(above - 1);
+    if (down < up || (down == up && code % 2 != 0)) --code;
   }
-  return static_cast<std::uint8_t>(sign | static_cast<int>(best));
+  return static_cast<std::uint8_t>(sign | code);
 }
 
 float int8_scale(std::span<const double> values) noexcept {

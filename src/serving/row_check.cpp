@@ -8,8 +8,8 @@
 #include <cmath>
 #include <limits>
 
-#include "attend/core/float_types.h"
 #include "attend/oracle/attention.h"
+#include "attend/oracle/quantize.h"
 
 namespace attend::serving {
 namespace {
@@ -50,9 +50,8 @@ class RegeneratedRows {
 
 /// A generated value after its way through the cache; generated values fit every other type.
 double as_stored(double x, DType cache_dtype) {
-  if (cache_dtype == DType::fp8_e4m3) return to_f32(to_fp8_e4m3(static_cast<float>(x)));
-  if (cache_dtype == DType::fp8_e5m2) return to_f32(to_fp8_e5m2(static_cast<float>(x)));
-  return x;
+  if (!is_fp8(cache_dtype)) return x;
+  return oracle::fp8_value(cache_dtype, oracle::fp8_code(cache_dtype, x, 1.0F));
 }
 
 oracle::RowResult recompute(const SampledRow& row, const ModelPreset& model,

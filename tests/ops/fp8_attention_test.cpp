@@ -11,23 +11,13 @@
 
 #include "attend/core/error.h"
 #include "attend/ops/attention.h"
+#include "attend/oracle/quantize.h"
 #include "support/host_tensor.h"
 
 namespace attend::testing {
 namespace {
 
 constexpr float kInf = std::numeric_limits<float>::infinity();
-
-/// What a code stands for, from the definition of the two formats.
-double value_of(DType t, int code) {
-  const int fraction_bits = t == DType::fp8_e4m3 ? 3 : 2, bias = t == DType::fp8_e4m3 ? 7 : 15;
-  const int fraction = code & ((1 << fraction_bits) - 1), exponent = (code & 127) >> fraction_bits;
-  const double sign = code >= 128 ? -1.0 : 1.0;
-  if (t == DType::fp8_e4m3 && (code & 127) == 127) return NAN;
-  if (t == DType::fp8_e5m2 && exponent == 31) return fraction == 0 ? sign * kInf : NAN;
-  if (exponent == 0) return sign * std::ldexp(fraction, 1 - bias - fraction_bits);
-  return sign * std::ldexp(1.0 + std::ldexp(fraction, -fraction_bits), exponent - bias);
-}
 
 struct Problem {
   HostTensor q, k, v, out, lse, query_start{DType::i32, {2}}, key_start{DType::i32, {2}};
@@ -64,7 +54,8 @@ TEST_P(Fp8Attention, EveryCodeIsDecodedExactly) {
       for (int c = 0; c < 256; ++c) p.v.as<std::uint8_t>()[c] = static_cast<std::uint8_t>(c);
       flash_attn_varlen(p.args, nullptr, GetParam());
       for (int c = 0; c < 256; ++c) {
-        const double expected = value_of(t, c), got = p.out.as<float>()[c];
+        const double expected = oracle::fp8_value(t, static_cast<std::uint8_t>(c)),
+                     got = p.out.as<float>()[c];
         EXPECT_TRUE(std::isnan(expected) ? std::isnan(got) : got == expected)
             << to_string(t) << " code " << c << " dim " << dim << ": " << got;
       }
@@ -83,10 +74,11 @@ TEST_P(Fp8Attention, GivesTheBitsOfABf16CacheOfTheSameValues) {
       for (auto [codes, values] : {std::pair{&fp8.k, &wide.k}, {&fp8.v, &wide.v}}) {
         for (std::int64_t i = 0; i < codes->numel(); ++i) {
           int code = static_cast<int>(rng.next() % 256);
-          if (!std::isfinite(value_of(t, code))) code = 0;
+          if (!std::isfinite(oracle::fp8_value(t, static_cast<std::uint8_t>(code)))) code = 0;
           const auto at = static_cast<std::size_t>(i);
           codes->as<std::uint8_t>()[at] = static_cast<std::uint8_t>(code);
-          values->as<bf16>()[at] = to_bf16(static_cast<float>(value_of(t, code)));
+          values->as<bf16>()[at] =
+              to_bf16(static_cast<float>(oracle::fp8_value(t, static_cast<std::uint8_t>(code))));
         }
       }
       fp8.args.params.scale = wide.args.params.scale = t == DType::fp8_e4m3 ? 1e-4F : 1e-8F;

@@ -98,7 +98,8 @@ void add_options(CLI::App& command, ReplayOptions& o) {
          "memory",
          "N");
   option("--dtype", o.dtype, "f32, f16 or bf16; default: the model's", "D");
-  option("--kv-cache-dtype", c.kv_cache_dtype, "Type of the cache; auto = --dtype", "D")
+  option("--kv-cache-dtype", c.kv_cache_dtype,
+         "Type of the cache: auto (= --dtype), fp8_e4m3 or fp8_e5m2", "D")
       ->capture_default_str();
   option("--kv-layout", o.kv_layout, "nhd or hnd; default: hnd unless the back end insists", "L");
   option("--speculative-tokens", c.num_speculative_tokens,
