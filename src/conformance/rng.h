@@ -36,6 +36,12 @@ class Rng {
   bool chance(double probability) { return uniform() < probability; }
   /// Bell-shaped with mean 0, variance 1 and |x| <= 3.5 (sum of four uniforms).
   double bell() { return (uniform() + uniform() + uniform() + uniform() - 2.0) * std::sqrt(3.0); }
+  /// Normal with mean 0 and variance 1, tails included.
+  double normal() {
+    constexpr double kTau = 6.283185307179586;
+    const double radius = std::sqrt(-2.0 * std::log(1.0 - uniform()));
+    return radius * std::cos(kTau * uniform());
+  }
   template <typename T>
   T pick(std::initializer_list<T> values) {
     return values.begin()[next() % values.size()];
