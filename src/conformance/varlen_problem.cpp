@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "conformance/random_blocks.h"
+#include "conformance/shared_prefixes.h"
 
 namespace attend::conformance {
 VarlenOptions random_varlen_options(Rng& rng) {
@@ -85,7 +86,11 @@ void VarlenProblem::make_ragged(Rng& rng) {
 
 void VarlenProblem::make_paged(Rng& rng) {
   seq_lens = int_storage(rng, shape.seq_lens);
-  RandomBlocks blocks(rng, shape.seq_lens, shape.hidden_keys(), options.block_size, options.padded);
+  if (options.share_prefixes)
+    shared_prefixes = random_shared_prefixes(rng, shape, options.block_size);
+  RandomBlocks blocks(rng, shape.seq_lens, hidden_keys(shape, shared_prefixes), options.block_size,
+                      options.padded);
+  share_blocks(blocks, shape, shared_prefixes);
   Layout cache;
   if (options.kv == KvStorage::paged_hnd) cache.order = {0, 2, 1, 3};
   cache.padded = options.padded;

@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "attend/ops/attention.h"
+#include "attend/plan/attention_plan.h"
 #include "conformance/attention_shape.h"
 #include "conformance/comparison.h"
 #include "conformance/storage.h"
@@ -20,9 +21,10 @@ struct VarlenOptions {
   bool padded = false;   ///< gaps between rows of every tensor
   bool layered = false;  ///< paged: other layers lie between consecutive blocks
   bool lse = true;
-  bool lse_by_head = false;  ///< lse stored as [Hq, T]
-  std::optional<DType> fp8;  ///< of keys and values
-  bool fp8_queries = false;  ///< with fp8 keys and values
+  bool lse_by_head = false;     ///< lse stored as [Hq, T]
+  std::optional<DType> fp8;     ///< of keys and values
+  bool fp8_queries = false;     ///< with fp8 keys and values
+  bool share_prefixes = false;  ///< paged: some requests begin with the same blocks
 };
 VarlenOptions random_varlen_options(Rng& rng);
 
@@ -40,6 +42,7 @@ struct VarlenProblem {
 
   AttentionShape shape;
   VarlenOptions options;
+  std::vector<SharedPrefix> shared_prefixes;  ///< with options.share_prefixes
   Storage q, k, v, out, lse;
   HeadValues head_values;
   Storage q_descale, k_descale, v_descale;  ///< of fp8 problems, each or none

@@ -190,8 +190,12 @@ void check_planned(const FlashAttnVarlenArgs& a, const AttentionPlan& plan, Work
   descale("k_descale", a.k_descale, a.k.dtype);
   descale("v_descale", a.v_descale, a.v.dtype);
   if (is_paged(a)) {
-    ops::check_block_table(kOp, a.block_table, plan, static_cast<int>(a.k.shape[1]), a.k.shape[0]);
+    const auto block_size = static_cast<int>(a.k.shape[1]);
+    ops::check_block_table(kOp, a.block_table, plan, block_size, a.k.shape[0]);
+    ops::check_shared_blocks(kOp, a.block_table, plan, block_size);
   } else {
+    check::require(plan.shared_prefixes.empty(), {kOp, "shared_prefixes"},
+                   "a plan without them (ragged keys are not shared)", plan.shared_prefixes.size());
     check_ragged(a, plan);
   }
   check_side_inputs(a);

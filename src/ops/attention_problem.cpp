@@ -145,6 +145,17 @@ void check_block_size(std::string_view op, std::string_view argument,
   check::require(cache.shape[1] <= (1 << 30), {op, argument}, "a block size below 2^30", size);
 }
 
+namespace {
+
+/// First block that a query of request r can see: those before it may be garbage.
+std::int64_t first_visible_block(const AttentionPlan& plan, std::size_t r, int block_size) {
+  if (plan.window_left < 0) return 0;
+  const std::int64_t query_len = plan.query_start_loc[r + 1] - plan.query_start_loc[r];
+  return std::max<std::int64_t>(0, plan.seq_lens[r] - query_len - plan.window_left) / block_size;
+}
+
+}  // namespace
+
 void check_block_table(std::string_view op, const ConstTensorView& table, const AttentionPlan& plan,
                        int block_size, std::int64_t num_blocks) {
   const check::Where where{op, "block_table"};
@@ -162,18 +173,43 @@ void check_block_table(std::string_view op, const ConstTensorView& table, const 
                              table.shape[1] * block_size, r, table.shape[1], block_size);
         },
         keys);
-    // Blocks that lie behind every query's window are free to be garbage: they are never read.
-    const std::int64_t query_len = plan.query_start_loc[i + 1] - plan.query_start_loc[i];
-    std::int64_t first = 0;
-    if (query_len == 0) continue;
-    if (plan.window_left >= 0)
-      first = std::max<std::int64_t>(0, keys - query_len - plan.window_left) / block_size;
+    if (plan.query_start_loc[i] == plan.query_start_loc[i + 1]) continue;
     const std::int32_t* row = table.as<std::int32_t>() + r * table.strides[0];
-    for (std::int64_t b = first; b < used; ++b) {
+    for (std::int64_t b = first_visible_block(plan, i, block_size); b < used; ++b) {
       if (row[b] >= 0 && row[b] < num_blocks) continue;
       check::fail(
           where, [&] { return fmt::format("block ids in [0, {}) at [{}, {}]", num_blocks, r, b); },
           row[b]);
+    }
+  }
+}
+
+void check_shared_blocks(std::string_view op, const ConstTensorView& table,
+                         const AttentionPlan& plan, int block_size) {
+  const check::Where where{op, "block_table"};
+  const auto row = [&](int r) { return table.as<std::int32_t>() + r * table.strides[0]; };
+  for (const SharedPrefix& shared : plan.shared_prefixes) {
+    check::require(
+        shared.num_keys % block_size == 0, {op, "shared_prefixes"},
+        [&] { return fmt::format("a multiple of the block size {}", block_size); },
+        shared.num_keys);
+    // Units read through the first request's table, so it must agree with each of the others
+    // wherever that one is read. It may be garbage elsewhere.
+    const std::int32_t* first_row = row(shared.request_begin);
+    for (int r = shared.request_begin + 1; r < shared.request_end; ++r) {
+      const auto i = static_cast<std::size_t>(r);
+      if (plan.query_start_loc[i] == plan.query_start_loc[i + 1]) continue;
+      std::int64_t b = first_visible_block(plan, i, block_size);
+      for (; b < shared.num_keys / block_size; ++b) {
+        if (row(r)[b] == first_row[b]) continue;
+        check::fail(
+            where,
+            [&] {
+              return fmt::format("{} at [{}, {}], the block of request {}, as planned",
+                                 first_row[b], r, b, shared.request_begin);
+            },
+            row(r)[b]);
+      }
     }
   }
 }
@@ -231,7 +267,8 @@ void run_plan(const cpu::AttentionProblem& problem, const AttentionPlan& plan, W
   const auto layout = plan::scratch_layout(plan.max_unit_rows, plan.head_dim_qk, plan.head_dim_v);
   float* scratch = base + plan::partial_floats(plan);
   const auto worker_workspace = [&](int worker) {
-    return cpu::KernelWorkspace{base, scratch + worker * layout.total, layout};
+    return cpu::KernelWorkspace{base, scratch + worker * layout.total, layout,
+                                plan.partial_runs.data()};
   };
   // Which worker takes which unit does not change any bit of the result, so they are taken as they
   // come, the largest first.

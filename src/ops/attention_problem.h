@@ -38,6 +38,11 @@ void check_params(std::string_view op, const AttentionParams& params, std::int64
 void check_block_table(std::string_view op, const ConstTensorView& table, const AttentionPlan& plan,
                        int block_size, std::int64_t num_blocks);
 
+/// Checks that requests for which the plan shares a prefix have the same blocks there. @pre
+/// check_block_table passed.
+void check_shared_blocks(std::string_view op, const ConstTensorView& table,
+                         const AttentionPlan& plan, int block_size);
+
 /// Checks a paged cache's block size: 1, 4, 8 or a multiple of 16.
 void check_block_size(std::string_view op, std::string_view argument, const ConstTensorView& cache);
 

@@ -25,8 +25,8 @@ struct ScratchLayout {
   int padded_dv;    ///< head_dim_v rounded up to full V panels
 };
 
-/// `rows` holds 8 float-sized arrays of padded_rows each.
-inline constexpr int kRowArrays = 8;
+/// `rows` holds 9 float-sized arrays of padded_rows each.
+inline constexpr int kRowArrays = 9;
 
 constexpr ScratchLayout scratch_layout(int max_unit_rows, int head_dim_qk, int head_dim_v) {
   ScratchLayout l{};

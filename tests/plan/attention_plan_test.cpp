@@ -38,10 +38,14 @@ Batch mixed() { return Batch().add(1, 20000).add(1, 300).add(0, 0).add(150, 3000
 using Cell = std::tuple<int, int, int, int>;
 std::map<Cell, int> covered(const AttentionPlan& plan) {
   std::map<Cell, int> count;
+  const auto start = [&](int r) { return plan.query_start_loc[static_cast<std::size_t>(r)]; };
   for (const WorkUnit& u : plan.units)
-    for (int q = u.q_begin; q < u.q_end; ++q)
+    for (int q = u.q_begin; q < u.q_end; ++q) {
+      int request = u.request;  // a unit of a shared prefix goes on into the next requests
+      while (start(u.request) + q >= start(request + 1)) ++request;
       for (int piece = u.piece_begin; piece < u.piece_end; ++piece)
-        ++count[{u.request, u.kv_head, q, piece}];
+        ++count[{request, u.kv_head, start(u.request) + q - start(request), piece}];
+    }
   return count;
 }
 
@@ -64,21 +68,82 @@ TEST(AttentionPlan, CoversEveryVisiblePieceOnce) {
   }
 }
 
+/// Marks the rows of `count` consecutive partials, each of which must be free.
+void take_partials(std::vector<bool>& used, std::int64_t slot, std::int64_t stride,
+                   std::int64_t rows, int count) {
+  for (std::int64_t i = 0; i < count; ++i)
+    for (std::int64_t row = 0; row < rows; ++row) {
+      const auto at = static_cast<std::size_t>(slot + i * stride + row);
+      ASSERT_LT(at, used.size());
+      ASSERT_FALSE(used[at]);
+      used[at] = true;
+    }
+}
+
+/// Every partial has room of its own, and exactly what units store is reduced, once.
+void expect_partials_fit(const AttentionPlan& plan) {
+  const auto rows = [](const auto& u) { return std::int64_t{u.q_end - u.q_begin} * 4; };
+  const auto count = static_cast<std::size_t>(plan.num_partial_rows);
+  std::vector<bool> stored(count, false), reduced(count, false);
+  for (const WorkUnit& u : plan.units) {
+    if (u.partial_slot < 0) continue;
+    take_partials(stored, u.partial_slot, u.partial_stride, rows(u),
+                  u.partial_stride == 0 ? 1 : u.piece_end - u.piece_begin);
+  }
+  for (const Reduction& reduction : plan.reductions)
+    for (int i = reduction.run_begin; i < reduction.run_end; ++i) {
+      const PartialRun& run = plan.partial_runs[static_cast<std::size_t>(i)];
+      take_partials(reduced, run.slot, run.stride, rows(reduction), run.num_pieces);
+    }
+  EXPECT_EQ(stored, reduced);
+  EXPECT_TRUE(std::all_of(stored.begin(), stored.end(), [](bool b) { return b; }));
+}
+
 TEST(AttentionPlan, SplitUnitsHaveRoomOfTheirOwn) {
   const AttentionPlan plan = plan_attention(mixed().input(64));
   ASSERT_FALSE(plan.reductions.empty());
-  std::vector<bool> used(static_cast<std::size_t>(plan.num_partial_rows), false);
-  for (const WorkUnit& u : plan.units) {
-    if (u.partial_slot < 0) continue;
-    const std::int64_t rows = std::int64_t{u.q_end - u.q_begin} * 4;
-    for (std::int64_t i = 0; i < rows * (u.piece_end - u.piece_begin); ++i) {
-      const auto slot = static_cast<std::size_t>(u.partial_slot + i);
-      ASSERT_LT(slot, used.size());
-      ASSERT_FALSE(used[slot]);
-      used[slot] = true;
-    }
+  expect_partials_fit(plan);
+}
+
+Batch sharing() {
+  return Batch().add(1, 3000).add(2, 2600).add(0, 2100).add(1, 2048).add(300, 5000).add(1, 9);
+}
+const SharedPrefix kNested[] = {{0, 5, 1000}, {1, 4, 2048}};
+
+TEST(AttentionPlan, SharedPrefixesCoverEveryVisiblePieceOnce) {
+  const Batch batch = sharing();
+  for (const int workers : {1, 2, 7, 64}) {
+    AttentionPlanInput in = batch.input(workers);
+    const auto flat = covered(plan_attention(in));
+    in.shared_prefixes = kNested;
+    const AttentionPlan plan = plan_attention(in);
+    EXPECT_EQ(covered(plan), flat);
+    expect_partials_fit(plan);
+    const auto shared = std::count_if(plan.units.begin(), plan.units.end(), [](const WorkUnit& u) {
+      return u.request == 0 && u.q_end > 1 && u.piece_end <= 3;
+    });
+    EXPECT_GE(shared, 2) << "one unit a kv head";
   }
-  EXPECT_TRUE(std::all_of(used.begin(), used.end(), [](bool b) { return b; }));
+}
+
+TEST(AttentionPlan, PrefixesOfLessThanAPieceAreNotShared) {
+  const Batch batch = sharing();
+  AttentionPlanInput in = batch.input(2);
+  const SharedPrefix small[] = {{0, 5, kPieceSize - 1}};
+  in.shared_prefixes = small;
+  const AttentionPlan plan = plan_attention(in), flat = plan_attention(batch.input(2));
+  EXPECT_EQ(plan.units.size(), flat.units.size());
+  EXPECT_EQ(plan.num_partial_rows, flat.num_partial_rows);
+}
+
+TEST(AttentionPlan, OutermostPrefixesStoreOnePartialARow) {
+  Batch batch;
+  for (int r = 0; r < 64; ++r) batch.add(1, 8192 + 100);
+  AttentionPlanInput in = batch.input(2);
+  const SharedPrefix all[] = {{0, 64, 8192}};
+  in.shared_prefixes = all;
+  const AttentionPlan plan = plan_attention(in);
+  EXPECT_EQ(plan.num_partial_rows, 64 * 8 * 2) << "one of the prefix, one of the last piece";
 }
 
 TEST(AttentionPlan, WindowsLeaveOutWhatNoRowSees) {
@@ -109,6 +174,24 @@ void expect_refused(const AttentionPlanInput& in, const std::string& argument) {
     EXPECT_EQ(e.argument(), argument) << e.what();
     EXPECT_EQ(e.op(), "plan_attention");
   }
+}
+
+TEST(AttentionPlan, RefusesBadSharedPrefixes) {
+  const Batch batch = sharing();
+  const auto refuse = [&](std::initializer_list<SharedPrefix> prefixes) {
+    AttentionPlanInput in = batch.input(2);
+    in.shared_prefixes = std::span(prefixes.begin(), prefixes.size());
+    expect_refused(in, "shared_prefixes");
+  };
+  refuse({{-1, 2, 256}});
+  refuse({{2, 2, 256}});
+  refuse({{0, 7, 256}});
+  refuse({{0, 2, 0}});
+  refuse({{0, 2, -256}});
+  refuse({{3, 5, 2049}});  // longer than request 3
+  refuse({{0, 3, 256}, {2, 4, 512}});
+  refuse({{0, 3, 256}, {1, 2, 256}});
+  refuse({{1, 2, 256}, {0, 3, 512}});
 }
 
 TEST(AttentionPlan, RefusesBadInput) {

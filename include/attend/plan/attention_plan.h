@@ -16,6 +16,12 @@ namespace attend {
 /// of batch, chunking, threads and split (docs/numerics.md).
 inline constexpr int kPieceSize = 256;
 
+/// Keys 0 .. num_keys of requests [request_begin, request_end) are the same rows of a paged cache.
+struct SharedPrefix {
+  std::int32_t request_begin = 0, request_end = 0;
+  std::int32_t num_keys = 0;  ///< used down to a multiple of kPieceSize
+};
+
 /// What a plan is made for: one batch, one attention shape.
 struct AttentionPlanInput {
   const char* op = "plan_attention";              ///< name that errors carry
@@ -31,27 +37,40 @@ struct AttentionPlanInput {
   int window_right = -1;                         ///< keys visible after it; -1 = all (0 if causal)
   int num_workers = 1;                           ///< workers of the executor that will run the plan
   std::optional<IsaLevel> isa;                   ///< kernel level; unset = active_isa()
+  /// Prefixes to attend to once for all requests that share them, or empty. Each lies beside those
+  /// before it, or inside of one of them and is longer. The bits of no row depend on them.
+  std::span<const SharedPrefix> shared_prefixes;
 };
 
-/// A part of the work that one worker does alone: query rows [q_begin, q_end) of one request and
-/// one kv head (with all query heads of its group) over pieces [piece_begin, piece_end).
+/// A part of the work that one worker does alone: query rows [q_begin, q_end) of one request, or of
+/// several that share a prefix, and one kv head (with all query heads of its group) over pieces
+/// [piece_begin, piece_end).
 struct WorkUnit {
-  std::int32_t request;
+  std::int32_t request;  ///< the first one; its block table gives the keys of all
   std::int32_t kv_head;
-  std::int32_t q_begin, q_end;          ///< query tokens, relative to the request
+  std::int32_t q_begin, q_end;          ///< query tokens, counted from the first one of `request`
   std::int32_t piece_begin, piece_end;  ///< kPieceSize keys each, absolute
-  /// First row of its partials in the workspace (piece-major, then row); -1 = the unit covers all
-  /// pieces and writes the output itself.
+  /// First row of its partials in the workspace; -1 = the unit covers all pieces of one request and
+  /// writes the output itself.
   std::int64_t partial_slot;
+  /// Rows from the partials of one piece to those of the next. 0 = the unit merges its pieces and
+  /// stores one partial a row; no row then sees a key before its first piece.
+  std::int64_t partial_stride;
 };
 
-/// Merge of the partials of a unit that was split along keys.
+/// Partials of consecutive pieces of a reduction's rows.
+struct PartialRun {
+  std::int64_t slot;    ///< of the reduction's first row in the first piece
+  std::int64_t stride;  ///< rows from one piece to the next
+  std::int32_t num_pieces;
+};
+
+/// Merge of the partials of some rows, in ascending order of pieces.
 struct Reduction {
   std::int32_t request;
   std::int32_t kv_head;
-  std::int32_t q_begin, q_end;
-  std::int64_t partial_slot;  ///< num_pieces groups of rows, ascending pieces
-  std::int32_t num_pieces;
+  std::int32_t q_begin, q_end;      ///< query tokens, relative to the request
+  std::int32_t run_begin, run_end;  ///< indices of AttentionPlan::partial_runs
 };
 
 /// Host-built schedule of one batch; a value, free of any device. Made once per batch, used by
@@ -68,16 +87,18 @@ struct AttentionPlan {
 
   std::vector<WorkUnit> units;        ///< largest first
   std::vector<Reduction> reductions;  ///< run after all units
-  int max_unit_rows = 0;              ///< query rows (tokens * group) of the largest unit
-  std::int64_t num_partial_rows = 0;  ///< rows of partial results that split units store
-  std::size_t workspace_bytes = 0;    ///< partials and the workers' scratch together
+  std::vector<PartialRun> partial_runs;
+  std::vector<SharedPrefix> shared_prefixes;  ///< as given; an op checks them against its blocks
+  int max_unit_rows = 0;                      ///< query rows (tokens * group) of the largest unit
+  std::int64_t num_partial_rows = 0;          ///< rows of partial results that split units store
+  std::size_t workspace_bytes = 0;            ///< partials and the workers' scratch together
 
   int num_reqs() const noexcept { return static_cast<int>(seq_lens.size()); }
   int num_tokens() const noexcept { return query_start_loc.empty() ? 0 : query_start_loc.back(); }
 };
 
-/// Makes a plan. @throws InvalidArgument for lengths, heads, head sizes or windows out of range;
-/// Unsupported if the ISA level is not available on this machine.
+/// Makes a plan. @throws InvalidArgument for lengths, heads, head sizes, windows or shared prefixes
+/// out of range; Unsupported if the ISA level is not available on this machine.
 AttentionPlan plan_attention(const AttentionPlanInput& input);
 
 }  // namespace attend

@@ -84,12 +84,13 @@ struct KernelWorkspace {
   float* partials = nullptr;  ///< [num_partial_rows, head_dim_v + 2]
   float* scratch = nullptr;   ///< this worker's
   plan::ScratchLayout layout;
+  const PartialRun* runs = nullptr;  ///< the plan's
 };
 
-/// Computes a unit: writes out (and lse), or its pieces' partials.
+/// Computes a unit: writes out (and lse), or partials of its pieces.
 using RunUnitFn = void (*)(const AttentionProblem&, const WorkUnit&,
                            const KernelWorkspace&) noexcept;
-/// Merges the partials of a split unit, ascending, and writes out (and lse).
+/// Merges partials of some rows, ascending, and writes out (and lse).
 using ReduceFn = void (*)(const AttentionProblem&, const Reduction&,
                           const KernelWorkspace&) noexcept;
 

@@ -63,37 +63,38 @@ ATTEND_INLINE void write_row(const AttentionProblem& p, const float* acc, const 
 #endif
 }
 
-/// Merges the stored partials of one split unit in ascending order, exactly as a whole unit would.
+/// Merges the stored partials of some rows in ascending order, exactly as a whole unit would.
 template <typename T>
 void reduce_unit(const AttentionProblem& p, const Reduction& u,
                  const KernelWorkspace& ws) noexcept {
   const std::int64_t width = plan::partial_row_floats(p.head_dim_v);
   const int rows = (u.q_end - u.q_begin) * p.group_size;
-  const bool paired = p.kv_dtype != DType::f32 && p.kv_dtype != DType::f16 &&
-                      has_paired_columns<bf16>(rows, p.head_dim_v);
   float* acc = ws.scratch + ws.layout.acc;
   float state[5][16] = {};  // m, l, piece m, piece l, unused lanes stay 0
   float keep[16], take[16];
   for (int r = 0; r < rows; ++r) {
     state[0][0] = -std::numeric_limits<float>::infinity();
     state[1][0] = 0.0F;
-    for (int piece = 0; piece < u.num_pieces; ++piece) {
-      const float* from = ws.partials + (u.partial_slot + std::int64_t{piece} * rows + r) * width;
-      state[2][0] = from[0];
-      state[3][0] = from[1];
-      merge_rows(1, state[0], state[1], state[2], state[3], keep, take);
-      const Simd::F a = Simd::set1(keep[0]), b = Simd::set1(take[0]);
-      // The last vector may run over the row's end: into the next row or the buffer's padding.
-      for (int c = 0; c < p.head_dim_v; c += Simd::kLanes) {
-        const Simd::F part = Simd::mul(Simd::load(from + 2 + c), b);
-        Simd::store(acc + c, keep[0] == 0.0F ? part : Simd::fma(Simd::load(acc + c), a, part));
+    for (int run = u.run_begin; run < u.run_end; ++run) {
+      const PartialRun& partials = ws.runs[run];
+      const float* from = ws.partials + (partials.slot + r) * width;
+      for (int piece = 0; piece < partials.num_pieces; ++piece, from += partials.stride * width) {
+        state[2][0] = from[0];
+        state[3][0] = from[1];
+        merge_rows(1, state[0], state[1], state[2], state[3], keep, take);
+        const Simd::F a = Simd::set1(keep[0]), b = Simd::set1(take[0]);
+        // The last vector may run over the row's end: into the next row or the buffer's padding.
+        for (int c = 0; c < p.head_dim_v; c += Simd::kLanes) {
+          const Simd::F part = Simd::mul(Simd::load(from + 2 + c), b);
+          Simd::store(acc + c, keep[0] == 0.0F ? part : Simd::fma(Simd::load(acc + c), a, part));
+        }
       }
     }
     const int tok = u.q_begin + r / p.group_size;
     const int head = u.kv_head * p.group_size + r % p.group_size;
     T* to = static_cast<T*>(p.out) + p.out_layout.offset(p.query_start_loc, u.request, tok, head);
     const RowTotal total = row_total(p, u.request, head, state[0][0], state[1][0]);
-    write_row(p, acc, total, paired, to);
+    write_row(p, acc, total, false, to);
     if (p.lse != nullptr)
       p.lse[p.lse_layout.offset(p.query_start_loc, u.request, tok, head)] = total.lse;
   }

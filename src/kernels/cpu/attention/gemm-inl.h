@@ -143,8 +143,7 @@ ATTEND_INLINE void load_values(const CachedPairs& values, int j, Simd::F* out) {
 }
 
 /// Whether accumulators of `rows` query rows have interleaved columns: bf16 values that are
-/// multiplied as they lie in the cache. Depends on nothing else, so that stored partials can be
-/// merged.
+/// multiplied as they lie in the cache. Stored partials have plain columns.
 template <typename T>
 constexpr bool has_paired_columns(int rows, int head_dim_v) {
   return std::is_same_v<T, bf16> && rows <= Simd::kTileRows && head_dim_v % (2 * Simd::kLanes) == 0;

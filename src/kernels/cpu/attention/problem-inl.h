@@ -78,6 +78,7 @@ struct UnitState {
   float* take;  //        new piece
   int* lo;      // [rows] visible keys, absolute
   int* hi;
+  int* request;      // [rows]
   const T** k_rows;  // [kPieceSize] current piece
   const T** v_rows;
   const Stored** stored_k_rows;  // the same as it lies in memory
@@ -112,6 +113,7 @@ struct UnitState {
     take = take_rows();
     lo = reinterpret_cast<int*>(take_rows());
     hi = reinterpret_cast<int*>(take_rows());
+    request = reinterpret_cast<int*>(take_rows());
     const Stored** stored = reinterpret_cast<const Stored**>(row_array);
     stored_k_rows = stored;
     stored_v_rows = stored + kPieceSize;
@@ -122,11 +124,11 @@ struct UnitState {
     staged_k = reinterpret_cast<T*>(ws.scratch + at.staged);
     staged_v = staged_k + std::int64_t{kPieceSize} * problem.head_dim_qk;
   }
-  int token(int row) const { return u.q_begin + row / p.group_size; }
   int head(int row) const { return u.kv_head * p.group_size + row % p.group_size; }
-  /// Absolute position of a query token of this request.
-  int position(int tok) const {
-    return tok + p.seq_lens[u.request] -
-           (p.query_start_loc[u.request + 1] - p.query_start_loc[u.request]);
+  /// Index of a row's query token among those of all requests.
+  int token(int row) const { return p.query_start_loc[u.request] + u.q_begin + row / p.group_size; }
+  /// Absolute position of query token `tok` of all among the keys of its request.
+  int position(int of_request, int tok) const {
+    return tok + p.seq_lens[of_request] - p.query_start_loc[of_request + 1];
   }
 };

@@ -30,8 +30,8 @@ struct UnitRunner : UnitState<T, Stored> {
   using Base::acc, Base::dv_padded, Base::hi, Base::k_panels, Base::k_rows, Base::keep, Base::l,
       Base::lo, Base::m, Base::next_k_rows, Base::next_v_rows, Base::p, Base::piece_l,
       Base::kStaged, Base::staged_k, Base::staged_v, Base::stored_k_rows, Base::stored_v_rows,
-      Base::piece_m, Base::q, Base::rows, Base::s, Base::take, Base::u, Base::v_panels,
-      Base::v_rows;
+      Base::piece_m, Base::q, Base::request, Base::rows, Base::s, Base::take, Base::u,
+      Base::v_panels, Base::v_rows;
   using Base::Base;
 
   bool packed_panel[plan::kPanels];
@@ -52,18 +52,22 @@ struct UnitRunner : UnitState<T, Stored> {
 
   template <typename Q>
   void load_queries_as() {
-    const float scale =
-        p.scale * (p.q_descale.at(u.request, u.kv_head) * p.k_descale.at(u.request, u.kv_head));
-    // With softcap the tile computes its argument, else the logit in log2 units.
-    const Simd::F factor = Simd::set1(p.softcap > 0.0F ? scale / p.softcap : scale * kLog2e);
     int r = 0;
-    for (int tok = u.q_begin; tok < u.q_end; ++tok) {
-      const KeyRange visible = visible_keys(p, u.request, this->position(tok));
-      const Q* from = static_cast<const Q*>(p.q) + p.q_layout.offset(p.query_start_loc, u.request,
-                                                                     tok, u.kv_head * p.group_size);
+    int own = u.request;
+    for (int tok = this->token(0); r < rows; ++tok) {
+      while (tok >= p.query_start_loc[own + 1]) ++own;
+      const float scale =
+          p.scale * (p.q_descale.at(own, u.kv_head) * p.k_descale.at(own, u.kv_head));
+      // With softcap the tile computes its argument, else the logit in log2 units.
+      const Simd::F factor = Simd::set1(p.softcap > 0.0F ? scale / p.softcap : scale * kLog2e);
+      const KeyRange visible = visible_keys(p, own, this->position(own, tok));
+      const Q* from = static_cast<const Q*>(p.q) + p.q_layout.offset(p.query_start_loc, own,
+                                                                     tok - p.query_start_loc[own],
+                                                                     u.kv_head * p.group_size);
       for (int g = 0; g < p.group_size; ++g, ++r, from += p.q_layout.stride_head) {
         lo[r] = visible.lo;
         hi[r] = visible.hi;
+        request[r] = own;
         float* to = q + std::int64_t{r} * p.head_dim_qk;
         if constexpr (sizeof(Q) == 1) {
           bf16 decoded[256];
@@ -250,11 +254,12 @@ struct UnitRunner : UnitState<T, Stored> {
     if (p.softcap == 0.0F && p.alibi_slopes == nullptr)
       return softmax_row<false>(sr, span, visible, {});
     LogitTerms t{p.softcap * kLog2e, 0.0F,
-                 static_cast<float>(this->position(this->token(r)) - base), p.alibi_sqrt};
+                 static_cast<float>(this->position(request[r], this->token(r)) - base),
+                 p.alibi_sqrt};
     if (p.alibi_slopes != nullptr)
       t.alibi_log2 =
           kLog2e *
-          p.alibi_slopes[u.request * p.alibi_stride_request + this->head(r) * p.alibi_stride_head];
+          p.alibi_slopes[request[r] * p.alibi_stride_request + this->head(r) * p.alibi_stride_head];
     return softmax_row<true>(sr, span, visible, t);
   }
 
@@ -421,15 +426,20 @@ struct UnitRunner : UnitState<T, Stored> {
     }
   }
 
-  void store_partials(int piece, float* partials) const {
+  /// Stores the state as the unit's partials number `index`.
+  void store_partials(std::int64_t index, float* partials) const {
     const std::int64_t width = plan::partial_row_floats(p.head_dim_v);
-    float* to = partials + (u.partial_slot + std::int64_t{piece - u.piece_begin} * rows) * width;
+    const bool paired = has_paired_columns<T>(rows, p.head_dim_v);
+    float* to = partials + (u.partial_slot + index * u.partial_stride) * width;
     for (int r = 0; r < rows; ++r, to += width) {
       to[0] = m[r];
       to[1] = l[r];
       const float* from = acc + std::int64_t{r} * dv_padded;
       if (l[r] == 0.0F) {
         std::memset(to + 2, 0, sizeof(float) * p.head_dim_v);
+      } else if (paired) {
+        for (int c = 0; c < p.head_dim_v; c += 2 * Simd::kLanes)
+          Simd::narrow_pairs(to + 2 + c, Simd::load(from + c), Simd::load(from + c + Simd::kLanes));
       } else {
         std::memcpy(to + 2, from, sizeof(float) * p.head_dim_v);
       }
@@ -448,7 +458,7 @@ struct UnitRunner : UnitState<T, Stored> {
 
   void run(float* partials) {
     load_queries();
-    const bool split = u.partial_slot >= 0;
+    const bool stores = u.partial_slot >= 0, merges = u.partial_stride == 0;
     point_next(u.piece_begin);
     for (int piece = u.piece_begin; piece < u.piece_end; ++piece) {
       const Stored** k_swap = stored_k_rows;
@@ -469,11 +479,15 @@ struct UnitRunner : UnitState<T, Stored> {
         v_rows = stored_v_rows;
       }
       run_piece(piece);
-      if (split) {
-        store_partials(piece, partials);
+      if (stores && !merges) {
+        store_partials(piece - u.piece_begin, partials);
         reset();
       }
     }
-    if (!split) write_outputs();
+    if (!stores) {
+      write_outputs();
+    } else if (merges) {
+      store_partials(0, partials);
+    }
   }
 };
