@@ -274,6 +274,7 @@ void Engine::run_step() {
 
 double Engine::run_layer(const LayerGroup& group, int layer, const std::vector<StepToken>& tokens) {
   tensors_.fill(tokens, layer, generator_, executor_);
+  if (config_.on_values) config_.on_values(layer, tensors_.value());
   ForwardArgs args;
   args.query = tensors_.query();
   args.key = tensors_.key();

@@ -43,6 +43,9 @@ struct ReplayConfig {
   bool realtime = false;         ///< requests arrive when the trace says, by the wall clock
   Executor* executor = nullptr;  ///< null = default_executor()
   std::function<void(const ReplayProgress&)> on_progress;  ///< after every step
+  /// Sees the values of each step and layer, [tokens of the step, num_kv_heads, head_dim], before
+  /// they are attended to: how static scales are calibrated.
+  std::function<void(int layer, const ConstTensorView& value)> on_values;
   /// Sees each step's batch before it is used and may spoil it: how tests show that a wrong slot or
   /// block is caught.
   std::function<void(CommonMetadata&)> fault_injection;

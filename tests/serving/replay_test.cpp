@@ -178,6 +178,34 @@ TEST(Replay, ABlockOfAnotherRequestIsCaught) {
   EXPECT_GT(replay(small_trace(), config).check.failed, 0);
 }
 
+TEST(Replay, ShowsTheValuesOfEveryLayer) {
+  const ModelPreset model = small_model();
+  const Trace trace = any_trace();
+  ReplayConfig config = small_config(model);
+  config.num_layers = 2;
+  config.dtype = DType::f32;
+  const ValueGenerator generator(config.seed, DType::f32);
+  std::int64_t rows[2] = {0, 0};
+  bool first_row_seen = false;
+  config.on_values = [&](int layer, const ConstTensorView& value) {
+    ASSERT_EQ(value.shape[1], 2);
+    ASSERT_EQ(value.shape[2], 32);
+    if (rows[layer] == 0) {  // the first step begins with the first token of some prompt
+      std::vector<float> expected(32);
+      generator.fill_f32({content_id(trace.requests[0], 0), 0, layer, 1, ValueKind::value}, 32,
+                         expected.data());
+      const float* got = value.select(0, 0).select(0, 1).as<float>();
+      first_row_seen = std::equal(expected.begin(), expected.end(), got);
+      EXPECT_TRUE(first_row_seen);
+    }
+    rows[layer] += value.shape[0];
+  };
+  const ReplayResult r = replay(trace, config);
+  EXPECT_TRUE(first_row_seen);
+  EXPECT_EQ(rows[0], r.counters.computed_tokens);
+  EXPECT_EQ(rows[1], rows[0]);
+}
+
 TEST(Replay, ReportsProgress) {
   const ModelPreset model = small_model();
   ReplayConfig config = small_config(model);

@@ -15,32 +15,22 @@
 #include "cli.h"
 #include "progress.h"
 #include "replay_report.h"
-#include "serving/synthetic.h"
-#include "serving/trace.h"
+#include "trace_input.h"
 
 namespace attend::cli {
 namespace {
 
 struct ReplayOptions {
-  std::string trace;
+  TraceInput input;
   std::string model = "llama-3.1-8b";
   std::string dtype;
   std::string kv_layout;
-  std::optional<std::int64_t> limit;
-  double scale_lengths = 1.0;
   std::optional<int> threads;
   std::string json_path;
   serving::ReplayConfig config;  // the options that need no parsing go straight in
 };
 
 constexpr std::string_view kHelp = R"(
-TRACE is a file or 'synthetic'. The format shows in the first line:
-  azure     CSV with TIMESTAMP, ContextTokens, GeneratedTokens
-  mooncake  JSON lines with timestamp, input_length, output_length, hash_ids
-  lengths   CSV with num_prefill_tokens, num_decode_tokens
-'synthetic' needs no file: synthetic:requests=64,rate=4,prompt=512,output=64,spread=0.6,shared=128
-(median tokens, log-normal with that spread, after a system prompt of 'shared' tokens).
-
 Queries, keys and values are generated from the seed, so no model weights are needed and any row can
 be computed again: --check N recomputes N random rows in float64 without looking at the cache.
 
@@ -65,17 +55,11 @@ Examples:
 Exit code: 0 done, 1 a checked row was wrong, 2 bad option or trace.
 )";
 
-std::string footer() {
-  std::string text = std::string(kHelp) + "\nModels:\n";
-  for (const serving::ModelPreset& m : serving::model_presets()) {
-    text += fmt::format("  {:<14}{}\n", m.name, m.description);
-  }
-  return text;
-}
+std::string footer() { return std::string(kTraceHelp) + std::string(kHelp) + model_list(); }
 
 void add_options(CLI::App& command, ReplayOptions& o) {
   serving::ReplayConfig& c = o.config;
-  command.add_option("TRACE", o.trace, "Trace file, or synthetic[:key=value,...]")->required();
+  add_trace_options(command, o.input)->required();
   const auto option = [&](const char* name, auto& value, const char* help, const char* type) {
     return command.add_option(name, value, help)->type_name(type);
   };
@@ -83,9 +67,6 @@ void add_options(CLI::App& command, ReplayOptions& o) {
   option("--backend", c.backend, "auto or the name of a back end (attend backends)", "NAME")
       ->capture_default_str();
   option("--layers", c.num_layers, "Layers to run, each with its own cache", "N")
-      ->capture_default_str();
-  option("--limit", o.limit, "Only the first N requests", "N");
-  option("--scale-lengths", o.scale_lengths, "Multiply all lengths by X, down to one token", "X")
       ->capture_default_str();
   option("--max-num-batched-tokens", c.max_num_batched_tokens,
          "Most query tokens in a step; longer prompts are cut", "N")
@@ -128,16 +109,6 @@ std::optional<T> parse_choice(std::string_view name, const std::string& text,
   return value;
 }
 
-serving::Trace load_trace(const ReplayOptions& o) {
-  serving::Trace trace =
-      serving::is_synthetic(o.trace)
-          ? serving::make_synthetic(serving::SyntheticConfig::parse(o.trace), o.config.seed)
-          : serving::read_trace(o.trace);
-  if (o.limit) serving::limit_requests(trace, *o.limit);
-  if (o.scale_lengths != 1.0) serving::scale_lengths(trace, o.scale_lengths);
-  return trace;
-}
-
 /// The ceilings of this machine now, over as much memory as the run's cache used in a layer.
 bench::Ceilings measure_ceilings(const serving::ReplayResult& result, Executor& executor) {
   constexpr std::int64_t least = 64LL << 20, most = 1LL << 30;
@@ -155,7 +126,7 @@ void run(ReplayOptions o) {
   std::unique_ptr<Executor> own_pool;
   if (o.threads) own_pool = make_thread_pool(*o.threads);
   config.executor = own_pool ? own_pool.get() : &default_executor();
-  const serving::Trace trace = load_trace(o);
+  const serving::Trace trace = load_trace(o.input, config.seed);
 
   Progress progress;
   config.on_progress = [&](const serving::ReplayProgress& p) {
