@@ -5,6 +5,7 @@
 #include "attend/backend/selector.h"
 #include "attend/batch/common_metadata.h"
 #include "attend/batch/fast_prefill.h"
+#include "attend/batch/local_attention.h"
 #include "attend/batch/split.h"
 #include "attend/cache/int8_mixed_cache.h"
 #include "attend/cache/kv_cache_spec.h"

@@ -5,23 +5,12 @@
 #include <numeric>
 #include <utility>
 
-#include "core/check.h"
+#include "batch/require_causal.h"
 
 namespace attend {
 namespace {
 
 constexpr std::string_view kOp = "make_kv_sharing_fast_prefill_metadata";
-
-void require_causal(const CommonMetadata& m) {
-  if (m.request_causal.empty()) {
-    check::require(m.causal, {kOp, "causal"}, "true", "false");
-    return;
-  }
-  for (int r = 0; r < m.num_reqs; ++r) {
-    check::require(m.request_causal[static_cast<std::size_t>(r)] != 0, {kOp, "request_causal"},
-                   "1 for every request", [&] { return fmt::format("0 at index {}", r); });
-  }
-}
 
 /// Number of kept tokens of each request, after checking that they are its last ones.
 std::vector<std::int32_t> count_kept(const CommonMetadata& m) {
@@ -53,7 +42,7 @@ std::vector<std::int32_t> count_kept(const CommonMetadata& m) {
 CommonMetadata make_kv_sharing_fast_prefill_metadata(const CommonMetadata& m) {
   m.validate();
   if (m.max_query_len <= 1) return m;
-  require_causal(m);
+  require_causal(kOp, m);
   const std::vector<std::int32_t> counts = count_kept(m);
 
   CommonMetadata kept = m.unpadded(m.num_tokens, m.num_reqs);
