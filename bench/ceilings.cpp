@@ -42,6 +42,12 @@ double measure_fma_gflops(Executor& executor, double seconds) {
   return measure_ops(executor, ceiling_kernels().fma, seconds);
 }
 
+double measure_int8_gops(Executor& executor, double seconds) {
+  const CeilingKernels kernels = ceiling_kernels();
+  return measure_ops(executor, kernels.int8_dot != nullptr ? kernels.int8_dot : kernels.fma,
+                     seconds);
+}
+
 double measure_read_gbps(Executor& executor, std::size_t buffer_bytes, double seconds) {
   const auto workers = static_cast<std::size_t>(executor.num_workers());
   const std::size_t share = std::max<std::size_t>(4096, buffer_bytes / workers / 256 * 256);

@@ -25,6 +25,8 @@ Ceilings measure_ceilings(Executor& executor, std::size_t buffer_bytes, double s
 
 /// Single figures, for measuring beside a case.
 double measure_fma_gflops(Executor& executor, double seconds);
+/// Of the best instructions that there are: float32 ones where int8 dot products are missing.
+double measure_int8_gops(Executor& executor, double seconds);
 double measure_read_gbps(Executor& executor, std::size_t buffer_bytes, double seconds);
 double measure_lost_fraction(Executor& executor, double seconds);
 

@@ -9,9 +9,15 @@ namespace {
 
 double measure_bound(const Case& c, const Problem& problem, Executor& executor) {
   constexpr double kSeconds = 0.15;
-  return c.bound == Bound::compute
-             ? measure_fma_gflops(executor, kSeconds)
-             : measure_read_gbps(executor, static_cast<std::size_t>(problem.bytes()), kSeconds);
+  switch (c.bound) {
+    case Bound::compute:
+      return measure_fma_gflops(executor, kSeconds);
+    case Bound::int8_compute:
+      return measure_int8_gops(executor, kSeconds);
+    case Bound::memory:
+      break;
+  }
+  return measure_read_gbps(executor, static_cast<std::size_t>(problem.bytes()), kSeconds);
 }
 
 double time_once(Problem& problem) {
@@ -22,8 +28,21 @@ double time_once(Problem& problem) {
 
 }  // namespace
 
+std::string_view to_string(Bound bound) noexcept {
+  switch (bound) {
+    case Bound::compute:
+      return "compute";
+    case Bound::int8_compute:
+      return "int8 compute";
+    case Bound::memory:
+      return "memory";
+  }
+  return "invalid bound";
+}
+
 std::vector<Case> all_cases() {
   std::vector<Case> cases = attention_cases();
+  for (Case& c : int8_cases()) cases.push_back(std::move(c));
   for (Case& c : cache_cases()) cases.push_back(std::move(c));
   return cases;
 }
@@ -55,7 +74,7 @@ CaseResult run_case(const Case& c, Executor& executor, double seconds) {
   result.runs = static_cast<int>(times.size());
   result.gflops = problem->flops() / result.seconds * 1e-9;
   result.gbps = problem->bytes() / result.seconds * 1e-9;
-  result.share = (c.bound == Bound::compute ? result.gflops : result.gbps) / result.ceiling;
+  result.share = (c.bound == Bound::memory ? result.gbps : result.gflops) / result.ceiling;
   return result;
 }
 

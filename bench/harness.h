@@ -15,7 +15,8 @@
 namespace attend::bench {
 
 /// Which ceiling binds a case.
-enum class Bound : std::uint8_t { compute, memory };
+enum class Bound : std::uint8_t { compute, int8_compute, memory };
+std::string_view to_string(Bound bound) noexcept;
 
 /// A prepared case: data in memory, plan made.
 class Problem {
@@ -39,6 +40,7 @@ struct Case {
 std::vector<Case> all_cases();
 std::vector<Case> attention_cases();
 std::vector<Case> cache_cases();
+std::vector<Case> int8_cases();
 
 struct CaseResult {
   std::string name;
@@ -50,7 +52,7 @@ struct CaseResult {
   int runs = 0;
   double gflops = 0.0;   ///< 0 for cases without arithmetic
   double gbps = 0.0;     ///< bytes() a second, in 1e9
-  double ceiling = 0.0;  ///< GFLOP/s or GB/s that binds, measured beside the case
+  double ceiling = 0.0;  ///< GFLOP/s, int8 GOP/s or GB/s that binds, measured beside the case
   double share = 0.0;    ///< of that ceiling
   double lost_fraction = 0.0;
 };

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <bit>
+#include <cmath>
 #include <cstring>
 #include <numeric>
 
@@ -53,6 +54,7 @@ double Storage::get(std::int64_t offset) const noexcept {
     std::memcpy(&x, at, sizeof x);
     return x;
   }
+  if (view_.dtype == DType::i8) return static_cast<std::int8_t>(*at);
   if (is_fp8(view_.dtype)) return oracle::fp8_value(view_.dtype, static_cast<std::uint8_t>(*at));
   std::uint16_t bits;
   std::memcpy(&bits, at, sizeof bits);
@@ -64,6 +66,11 @@ void Storage::set(std::int64_t offset, double value) noexcept {
   const auto x = static_cast<float>(value);
   if (view_.dtype == DType::f32) {
     std::memcpy(at, &x, sizeof x);
+    return;
+  }
+  if (view_.dtype == DType::i8) {
+    *at = static_cast<std::byte>(
+        static_cast<std::int8_t>(std::nearbyint(std::clamp(x, -127.0F, 127.0F))));
     return;
   }
   if (is_fp8(view_.dtype)) {

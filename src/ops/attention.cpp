@@ -52,38 +52,14 @@ void check_tensors(const FlashAttnVarlenArgs& a) {
 }
 
 void check_plan_shape(const FlashAttnVarlenArgs& a, const AttentionPlan& plan) {
-  const auto same = [](const char* argument, std::int64_t planned, std::int64_t got) {
-    check::require(
-        planned == got, {kOp, argument}, [&] { return fmt::format("{}, as planned", planned); },
-        got);
-  };
-  same("q", plan.num_tokens(), a.q.shape[0]);
-  same("q", plan.num_q_heads, a.q.shape[1]);
-  same("q", plan.head_dim_qk, a.q.shape[2]);
-  same("k", plan.num_kv_heads, a.k.shape[a.k.rank - 2]);
-  same("v", plan.head_dim_v, a.v.shape[a.v.rank - 1]);
-  same("window_left", plan.window_left, a.params.window_left);
-  const bool all_causal = std::ranges::all_of(plan.request_causal, [](auto c) { return c != 0; });
-  if (!all_causal) same("window_right", plan.window_right, a.params.window_right);
+  ops::check_planned_shape(kOp, plan,
+                           {a.q, a.k.shape[a.k.rank - 2], a.v.shape[a.v.rank - 1], a.params});
 }
 
 /// Lengths that are given again must be the planned ones.
 void check_plan_lengths(const FlashAttnVarlenArgs& a, const AttentionPlan& plan) {
-  const auto same = [](const char* name, const ConstTensorView& t,
-                       const std::vector<std::int32_t>& planned) {
-    if (!t.defined()) return;
-    const auto got = check::i32_array({kOp, name}, t, static_cast<std::int64_t>(planned.size()));
-    const auto differ = std::ranges::mismatch(got, planned);
-    if (differ.in1 == got.end()) return;
-    check::fail(
-        {kOp, name},
-        [&] {
-          return fmt::format("{} at index {}, as planned", *differ.in2, differ.in1 - got.begin());
-        },
-        *differ.in1);
-  };
-  same("query_start_loc", a.query_start_loc, plan.query_start_loc);
-  same("seq_lens", a.seq_lens, plan.seq_lens);
+  ops::check_planned_lengths(kOp, "query_start_loc", a.query_start_loc, plan.query_start_loc);
+  ops::check_planned_lengths(kOp, "seq_lens", a.seq_lens, plan.seq_lens);
 }
 
 /// cu_seqlens_kv against the plan's lengths and the rows there are.
@@ -108,7 +84,7 @@ void check_ragged(const FlashAttnVarlenArgs& a, const AttentionPlan& plan) {
 
 cpu::AttentionProblem make_problem(const FlashAttnVarlenArgs& a, const AttentionPlan& plan) {
   cpu::AttentionProblem p = ops::base_problem(a.params, plan, a.q.dtype);
-  p.kv_dtype = a.k.dtype;
+  p.k_dtype = p.v_dtype = a.k.dtype;
   p.out_dtype = a.out.dtype;
   p.q_descale = ops::kernel_descale(a.q_descale);
   p.k_descale = ops::kernel_descale(a.k_descale);

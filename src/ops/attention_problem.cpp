@@ -30,7 +30,8 @@ void check_sinks(std::string_view op, const ConstTensorView& sinks, std::int64_t
   }
 }
 
-/// Heads, sizes, strides and overlaps; dtypes and ranks are known.
+}  // namespace
+
 void check_qkv_shapes(std::string_view op, const ConstTensorView& q, const KvTensors& kv,
                       const ConstTensorView& out, int q_rank) {
   const int kv_rank = kv.four_dims ? 4 : 3;
@@ -67,8 +68,6 @@ void check_qkv_shapes(std::string_view op, const ConstTensorView& q, const KvTen
   check::no_overlap({op, "out"}, out, kv.k_name, kv.k);
   check::no_overlap({op, "out"}, out, kv.v_name, kv.v);
 }
-
-}  // namespace
 
 void check_qkv(std::string_view op, const ConstTensorView& q, const KvTensors& kv,
                const ConstTensorView& out, int q_rank) {
@@ -214,6 +213,39 @@ void check_shared_blocks(std::string_view op, const ConstTensorView& table,
   }
 }
 
+void check_planned_shape(std::string_view op, const AttentionPlan& plan,
+                         const PlannedShape& shape) {
+  const auto same = [&](const char* argument, std::int64_t planned, std::int64_t got) {
+    check::require(
+        planned == got, {op, argument}, [&] { return fmt::format("{}, as planned", planned); },
+        got);
+  };
+  same("q", plan.num_tokens(), shape.q.shape[0]);
+  same("q", plan.num_q_heads, shape.q.shape[1]);
+  same("q", plan.head_dim_qk, shape.q.shape[2]);
+  same("k", plan.num_kv_heads, shape.num_kv_heads);
+  same("v", plan.head_dim_v, shape.head_dim_v);
+  same("window_left", plan.window_left, shape.params.window_left);
+  const bool all_causal = std::ranges::all_of(plan.request_causal, [](auto c) { return c != 0; });
+  if (!all_causal) same("window_right", plan.window_right, shape.params.window_right);
+}
+
+void check_planned_lengths(std::string_view op, std::string_view argument,
+                           const ConstTensorView& lengths,
+                           const std::vector<std::int32_t>& planned) {
+  if (!lengths.defined()) return;
+  const check::Where where{op, argument};
+  const auto got = check::i32_array(where, lengths, static_cast<std::int64_t>(planned.size()));
+  const auto differ = std::ranges::mismatch(got, planned);
+  if (differ.in1 == got.end()) return;
+  check::fail(
+      where,
+      [&] {
+        return fmt::format("{} at index {}, as planned", *differ.in2, differ.in1 - got.begin());
+      },
+      *differ.in1);
+}
+
 void check_resources(std::string_view op, const AttentionPlan& plan, Workspace workspace,
                      const Executor& executor) {
   check::require(
@@ -232,7 +264,7 @@ void check_resources(std::string_view op, const AttentionPlan& plan, Workspace w
 cpu::AttentionProblem base_problem(const AttentionParams& params, const AttentionPlan& plan,
                                    DType dtype) {
   cpu::AttentionProblem p;
-  p.q_dtype = p.kv_dtype = p.out_dtype = dtype;
+  p.q_dtype = p.k_dtype = p.v_dtype = p.out_dtype = dtype;
   p.query_start_loc = plan.query_start_loc.data();
   p.seq_lens = plan.seq_lens.data();
   p.causal = plan.request_causal.data();
@@ -261,7 +293,9 @@ cpu::AttentionProblem base_problem(const AttentionParams& params, const Attentio
 void run_plan(const cpu::AttentionProblem& problem, const AttentionPlan& plan, Workspace workspace,
               Executor& executor) {
   const cpu::AttentionKernel& kernel = cpu::attention_kernel(plan.isa);
-  const cpu::RunUnitFn run_unit = kernel.run_unit(problem.kv_dtype);
+  const cpu::RunUnitFn run_unit =
+      problem.q_dtype == DType::i8 ? cpu::int8_attention_kernel(plan.isa).run_unit(problem.v_dtype)
+                                   : kernel.run_unit(problem.k_dtype);
   const auto address = (reinterpret_cast<std::uintptr_t>(workspace.data) + 63) / 64 * 64;
   float* base = reinterpret_cast<float*>(address);
   const auto layout = plan::scratch_layout(plan.max_unit_rows, plan.head_dim_qk, plan.head_dim_v);

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 #include <string_view>
+#include <vector>
 
 #include "attend/ops/attention.h"
 #include "kernels/cpu/attention/attention.h"
@@ -20,6 +21,10 @@ struct KvTensors {
 /// have `q_rank` dimensions, the last two being heads and head size.
 void check_qkv(std::string_view op, const ConstTensorView& q, const KvTensors& kv,
                const ConstTensorView& out, int q_rank);
+
+/// Heads, sizes, strides and overlaps of the same, whose ranks and dtypes have been checked.
+void check_qkv_shapes(std::string_view op, const ConstTensorView& q, const KvTensors& kv,
+                      const ConstTensorView& out, int q_rank);
 
 /// The same for fp8 keys and values: q any float type, out 16 or 32 bits.
 void check_qkv_fp8(std::string_view op, const ConstTensorView& q, const KvTensors& kv,
@@ -45,6 +50,21 @@ void check_shared_blocks(std::string_view op, const ConstTensorView& table,
 
 /// Checks a paged cache's block size: 1, 4, 8 or a multiple of 16.
 void check_block_size(std::string_view op, std::string_view argument, const ConstTensorView& cache);
+
+/// What a plan is compared with.
+struct PlannedShape {
+  ConstTensorView q;  ///< [T, Hq, D]
+  std::int64_t num_kv_heads, head_dim_v;
+  const AttentionParams& params;
+};
+
+/// Checks that a plan was made for this shape and mask.
+void check_planned_shape(std::string_view op, const AttentionPlan& plan, const PlannedShape& shape);
+
+/// Checks that lengths that are given again, if they are, are the planned ones.
+void check_planned_lengths(std::string_view op, std::string_view argument,
+                           const ConstTensorView& lengths,
+                           const std::vector<std::int32_t>& planned);
 
 /// Checks that workspace and executor fit the plan.
 void check_resources(std::string_view op, const AttentionPlan& plan, Workspace workspace,

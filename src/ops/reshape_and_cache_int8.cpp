@@ -5,6 +5,7 @@
 #include "core/check.h"
 #include "ops/cache_rows.h"
 #include "ops/int8_encode.h"
+#include "ops/int8_rows.h"
 
 namespace attend {
 namespace {
@@ -47,50 +48,10 @@ void require_apart(std::string_view op, std::span<const Named> written,
   }
 }
 
-// The HND caches as [num_blocks, block_size, Hkv, ..] with the rows that go into them.
-using Int8Targets = std::array<Target, 3>;
-
-Int8Targets validate(std::string_view op, const ReshapeAndCacheInt8Args& a, bool int8_values,
-                     std::span<const std::int64_t>& slots) {
-  cache_rows::require_rows(op, "key", a.key, {DType::i8});
-  if (int8_values) {
-    cache_rows::require_rows(op, "value", a.value, {DType::i8});
-  } else {
-    cache_rows::require_rows(op, "value", a.value, {DType::f16, DType::bf16});
-  }
-  const std::int64_t rows = a.key.shape[0];
-  const std::int64_t heads = a.key.shape[1];
-  check::shape({op, "value"}, a.value, {rows, heads, -1});
-  check::tensor({op, "k_scale"}, a.k_scale, 2, {DType::f32});
-  check::shape({op, "k_scale"}, a.k_scale, {rows, heads});
-
-  check::tensor({op, "key_cache"}, a.key_cache, 4, {DType::i8});
-  check::shape({op, "key_cache"}, a.key_cache, {-1, heads, -1, a.key.shape[2]});
-  const std::int64_t blocks = a.key_cache.shape[0];
-  const std::int64_t block_size = a.key_cache.shape[2];
-  check::tensor({op, "value_cache"}, a.value_cache, 4, {a.value.dtype});
-  check::shape({op, "value_cache"}, a.value_cache, {blocks, heads, block_size, a.value.shape[2]});
-  for (const Named& c : {Named{"key_cache", a.key_cache}, Named{"value_cache", a.value_cache}}) {
-    check::unit_last_stride({op, c.name}, c.tensor);
-    check::distinct_elements({op, c.name}, c.tensor);
-  }
-  require_scale_cache(op, "key_scale_cache", a.key_scale_cache, {blocks, heads, block_size});
-  slots = cache_rows::require_slots(op, a.slot_mapping, rows, blocks * block_size);
-  require_apart(op,
-                std::array{Named{"key_cache", a.key_cache}, Named{"value_cache", a.value_cache},
-                           Named{"key_scale_cache", a.key_scale_cache}},
-                std::array{Named{"key", a.key}, Named{"value", a.value},
-                           Named{"k_scale", a.k_scale}, Named{"slot_mapping", a.slot_mapping}});
-  return {{{a.key, a.key_cache.permute({0, 2, 1, 3})},
-           {a.value, a.value_cache.permute({0, 2, 1, 3})},
-           {as_rows(a.k_scale), as_rows(a.key_scale_cache.permute({0, 2, 1}))}}};
-}
-
 void write_codes(std::string_view op, const ReshapeAndCacheInt8Args& a, bool int8_values,
                  Executor* executor) {
-  std::span<const std::int64_t> slots;
-  const Int8Targets targets = validate(op, a, int8_values, slots);
-  cache_rows::copy(targets, slots, executor);
+  const ops::Int8Rows rows = ops::check_int8_rows({.op = op}, a, int8_values);
+  cache_rows::copy(rows.targets, rows.slots, executor);
 }
 
 constexpr std::string_view kPerTokenHead = "reshape_and_cache_int8_per_token_head";
@@ -140,6 +101,44 @@ void quantize_heads(const Target& target, const TensorView& scales,
 }
 
 }  // namespace
+
+ops::Int8Rows ops::check_int8_rows(const Int8RowNames& names, const ReshapeAndCacheInt8Args& a,
+                                   bool int8_values) {
+  const std::string_view op = names.op;
+  cache_rows::require_rows(op, names.key, a.key, {DType::i8});
+  if (int8_values) {
+    cache_rows::require_rows(op, names.value, a.value, {DType::i8});
+  } else {
+    cache_rows::require_rows(op, names.value, a.value, {DType::f16, DType::bf16});
+  }
+  const std::int64_t rows = a.key.shape[0];
+  const std::int64_t heads = a.key.shape[1];
+  check::shape({op, names.value}, a.value, {rows, heads, -1});
+  check::tensor({op, names.k_scale}, a.k_scale, 2, {DType::f32});
+  check::shape({op, names.k_scale}, a.k_scale, {rows, heads});
+
+  check::tensor({op, "key_cache"}, a.key_cache, 4, {DType::i8});
+  check::shape({op, "key_cache"}, a.key_cache, {-1, heads, -1, a.key.shape[2]});
+  const std::int64_t blocks = a.key_cache.shape[0];
+  const std::int64_t block_size = a.key_cache.shape[2];
+  check::tensor({op, "value_cache"}, a.value_cache, 4, {a.value.dtype});
+  check::shape({op, "value_cache"}, a.value_cache, {blocks, heads, block_size, a.value.shape[2]});
+  for (const Named& c : {Named{"key_cache", a.key_cache}, Named{"value_cache", a.value_cache}}) {
+    check::unit_last_stride({op, c.name}, c.tensor);
+    check::distinct_elements({op, c.name}, c.tensor);
+  }
+  require_scale_cache(op, "key_scale_cache", a.key_scale_cache, {blocks, heads, block_size});
+  const auto slots = cache_rows::require_slots(op, a.slot_mapping, rows, blocks * block_size);
+  require_apart(op,
+                std::array{Named{"key_cache", a.key_cache}, Named{"value_cache", a.value_cache},
+                           Named{"key_scale_cache", a.key_scale_cache}},
+                std::array{Named{names.key, a.key}, Named{names.value, a.value},
+                           Named{names.k_scale, a.k_scale}, Named{"slot_mapping", a.slot_mapping}});
+  return {{{{a.key, a.key_cache.permute({0, 2, 1, 3})},
+            {a.value, a.value_cache.permute({0, 2, 1, 3})},
+            {as_rows(a.k_scale), as_rows(a.key_scale_cache.permute({0, 2, 1}))}}},
+          slots};
+}
 
 void reshape_and_cache_flash_int8(const ReshapeAndCacheInt8Args& a, Executor* executor) {
   write_codes("reshape_and_cache_flash_int8", a, true, executor);

@@ -21,12 +21,19 @@ double num_pieces(const RowResult& r) {
 
 /// Absolute error of a logit, in natural units.
 double logit_error(const RowResult& r, int head_dim_qk) {
-  double error = (head_dim_qk + 9) * kUnit * r.logit_magnitude + 4 * kUnit * r.bias_magnitude;
+  double error = (head_dim_qk + 10) * kUnit * r.logit_magnitude + 4 * kUnit * r.bias_magnitude;
   if (r.softcap > 0.0) error += r.softcap * (kTanhError + 4 * kUnit);
   return error;
 }
 
-/// Relative error of a softmax weight before normalisation.
+/// Relative error of adding the weights, or of adding weight times value.
+double sum_error(const RowResult& r) {
+  const auto terms = static_cast<double>(std::min<std::int64_t>(r.visible_keys, kPieceSize));
+  return (terms + 1 + 2 * num_pieces(r)) * kUnit;
+}
+
+}  // namespace
+
 double weight_error(const RowResult& r, int head_dim_qk) {
   const double largest_logit =
       (r.softcap > 0.0 ? std::min(r.softcap, r.logit_magnitude) : r.logit_magnitude) +
@@ -36,14 +43,6 @@ double weight_error(const RowResult& r, int head_dim_qk) {
   return logit_error(r, head_dim_qk) + 4 * kUnit * largest_logit + (1 + pieces) * kExp2Error +
          sink_error;
 }
-
-/// Relative error of adding the weights, or of adding weight times value.
-double sum_error(const RowResult& r) {
-  const auto terms = static_cast<double>(std::min<std::int64_t>(r.visible_keys, kPieceSize));
-  return (terms + 2 * num_pieces(r)) * kUnit;
-}
-
-}  // namespace
 
 double rounding_error(DType dtype, double magnitude) {
   const FloatFormat f = format_of(dtype);
@@ -57,7 +56,11 @@ double out_error_bound(const RowResult& r, int d, int head_dim_qk, DType out_dty
   const double out = std::abs(r.out[static_cast<std::size_t>(d)]);
   const double abs_out = r.abs_out[static_cast<std::size_t>(d)];
   const double relative = weight_error(r, head_dim_qk) + sum_error(r);
-  const double computed = kSafety * (relative * (abs_out + out) + 3 * kUnit * out);
+  const double flushed = kSmallestWeight * static_cast<double>(r.visible_keys) * r.largest_value;
+  double computed = kSafety * (relative * (abs_out + out) + 3 * kUnit * out + flushed);
+  if (!r.doubtful_abs_out.empty()) {
+    computed += r.doubtful_abs_out[static_cast<std::size_t>(d)] + r.doubtful_weight * out;
+  }
   return computed + rounding_error(out_dtype, out + computed);
 }
 

@@ -36,9 +36,10 @@ inline double decode_f16(std::uint16_t bits) noexcept {
   return sign * std::ldexp(1024 + fraction, exponent - 25);
 }
 
-/// Element of a floating-point tensor at an offset in elements.
+/// Element of a floating-point tensor, or int8 code, at an offset in elements.
 inline double element(const ConstTensorView& t, std::int64_t offset) noexcept {
   if (t.dtype == DType::f32) return static_cast<const float*>(t.data)[offset];
+  if (t.dtype == DType::i8) return static_cast<const std::int8_t*>(t.data)[offset];
   if (is_fp8(t.dtype)) return fp8_value(t.dtype, static_cast<const std::uint8_t*>(t.data)[offset]);
   const std::uint16_t bits = static_cast<const std::uint16_t*>(t.data)[offset];
   if (t.dtype == DType::f16) return decode_f16(bits);

@@ -3,9 +3,11 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <numeric>
 #include <vector>
 
 #include "attend/oracle/attention.h"
+#include "oracle/bounds.h"
 
 namespace attend::oracle {
 
@@ -29,6 +31,12 @@ inline double distance(const RowProblem& p, std::int64_t j) {
   if (!p.alibi_sqrt) return static_cast<double>(std::abs(p.position - j));
   return std::sqrt(static_cast<double>(std::max<std::int64_t>(p.position - j, 0)));
 }
+
+/// Rounds the weights exp(logit - largest) to n / weight_levels of the largest of their piece.
+/// `relative_error`: of a float32 weight; where it decides how a weight is rounded, the weight's
+/// entry of `doubtful` becomes the step between its two neighbours, else 0.
+void round_weights(const RowProblem& p, std::int64_t first_key, double relative_error,
+                   std::vector<double>& weights, std::vector<double>& doubtful);
 
 /// The definition, as written down: logits, softmax, weighted sum. `q(d)`, `k(j, d)`, `v(j, d)`
 /// take the place of the functions in `p`.
@@ -71,22 +79,36 @@ RowResult row(const RowProblem& p, const Q& q, const K& k, const V& v) {
     r.logit_magnitude = std::max(r.logit_magnitude, std::abs(p.scale) * abs_dot);
     r.bias_magnitude = std::max(r.bias_magnitude, std::abs(bias));
   }
+  r.logit_magnitude += p.extra_logit_magnitude;
   double sum = 0.0;
   for (double& w : weights) sum += w = std::exp(w - largest);
   r.lse = largest + std::log(sum);
+  std::vector<double> doubtful;
+  if (p.weight_levels > 0) {
+    round_weights(p, keys.begin, weight_error(r, p.head_dim_qk), weights, doubtful);
+    sum = std::accumulate(weights.begin(), weights.end(), 0.0);
+    r.doubtful_abs_out.assign(dv, 0.0);
+  }
   if (has_sink) {
     const double top = std::max(r.lse, *p.sink);
     const double with_sink = top + std::log(std::exp(r.lse - top) + std::exp(*p.sink - top));
-    sum = std::exp(with_sink - largest);
+    sum += std::exp(*p.sink - largest);
     if (p.lse_includes_sink) r.lse = with_sink;
   }
   for (std::int64_t j = keys.begin; j < keys.end; ++j) {
     const double weight = weights[static_cast<std::size_t>(j - keys.begin)] / sum;
     for (std::size_t d = 0; d < dv; ++d) {
-      const double term = weight * v(j, static_cast<int>(d));
+      const double value = v(j, static_cast<int>(d));
+      const double term = weight * value;
+      r.largest_value = std::max(r.largest_value, std::abs(value));
       r.out[d] += term;
       r.abs_out[d] += std::abs(term);
     }
+    if (doubtful.empty()) continue;
+    const double step = doubtful[static_cast<std::size_t>(j - keys.begin)] / sum;
+    r.doubtful_weight += step;
+    for (std::size_t d = 0; d < dv; ++d)
+      r.doubtful_abs_out[d] += step * std::abs(v(j, static_cast<int>(d)));
   }
   return r;
 }

@@ -20,13 +20,13 @@ constexpr std::int64_t round_up(std::int64_t n, std::int64_t m) { return (n + m 
 
 /// Where one worker's scratch arrays start, in floats from its base (64-byte aligned each).
 struct ScratchLayout {
-  std::int64_t q, s, acc, k_panels, v_panels, staged, rows, total;
+  std::int64_t q, s, acc, k_panels, v_panels, staged, scales, weights, rows, total;
   int padded_rows;  ///< unit rows rounded up to full tiles
   int padded_dv;    ///< head_dim_v rounded up to full V panels
 };
 
-/// `rows` holds 9 float-sized arrays of padded_rows each.
-inline constexpr int kRowArrays = 9;
+/// `rows` holds 14 float-sized arrays of padded_rows each.
+inline constexpr int kRowArrays = 14;
 
 constexpr ScratchLayout scratch_layout(int max_unit_rows, int head_dim_qk, int head_dim_v) {
   ScratchLayout l{};
@@ -43,16 +43,21 @@ constexpr ScratchLayout scratch_layout(int max_unit_rows, int head_dim_qk, int h
   l.acc = take(std::int64_t{l.padded_rows} * l.padded_dv);
   l.k_panels = take(std::int64_t{kPieceSize} * head_dim_qk);
   l.v_panels = take(std::int64_t{kPieceSize} * l.padded_dv);
-  // Decoded keys and values of a piece, 2 bytes each; touched for fp8 caches only.
+  // Decoded keys and values of a piece, 2 bytes each; touched for caches of codes only.
   l.staged = take(std::int64_t{kPieceSize} * (head_dim_qk + head_dim_v) / 2);
+  // Scales of a piece's keys and values; rounded weights, a byte each.
+  l.scales = take(std::int64_t{2} * kPieceSize);
+  l.weights = take(std::int64_t{kBlockRows} * kPieceSize / 4);
   l.rows = take(std::int64_t{kRowArrays} * l.padded_rows);
   // Row pointers of K and V, 8 bytes each: current and next piece in memory, current piece decoded.
   l.total = round_up(at + std::int64_t{6} * kPieceSize * 2, 1024);
   return l;
 }
 
-/// Floats of one stored partial row: m, l, then head_dim_v accumulators.
-constexpr std::int64_t partial_row_floats(int head_dim_v) { return head_dim_v + 2; }
+/// Floats of one stored partial row: m, l, the sum of the weights before rounding, then head_dim_v
+/// accumulators.
+inline constexpr int kPartialHeader = 3;
+constexpr std::int64_t partial_row_floats(int head_dim_v) { return head_dim_v + kPartialHeader; }
 
 /// Floats of all partials, with room for a vector that runs over the last row's end.
 constexpr std::int64_t partial_floats(const AttentionPlan& p) {

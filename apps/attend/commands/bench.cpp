@@ -38,7 +38,7 @@ ordered_json to_json(const CaseResult& r) {
                     {"seconds", r.seconds},
                     {"gflops", r.gflops},
                     {"gbps", r.gbps},
-                    {"bound", r.bound == Bound::compute ? "compute" : "memory"},
+                    {"bound", bench::to_string(r.bound)},
                     {"share", r.share},
                     {"verified", r.verified},
                     {"ceiling", r.ceiling},
@@ -59,10 +59,12 @@ void print_case(std::FILE* to, const CaseResult& r) {
     fmt::print(to, "{:<28} WRONG, not timed: {}\n", r.name, r.failure);
     return;
   }
-  const bool compute = r.bound == Bound::compute;
+  const char* unit = r.bound == Bound::compute  ? "GFLOP/s"
+                     : r.bound == Bound::memory ? "GB/s"
+                                                : "int8 GOP/s";
   fmt::print(to, "{:<28} {:>10} {:>10.1f} {:>9.2f}  {:>5.1f} % of {:.0f} {}{}\n", r.name,
-             format_seconds(r.seconds), r.gflops, r.gbps, 100 * r.share, r.ceiling,
-             compute ? "GFLOP/s" : "GB/s", r.lost_fraction > bench::kNoisyAbove ? "  (noisy)" : "");
+             format_seconds(r.seconds), r.gflops, r.gbps, 100 * r.share, r.ceiling, unit,
+             r.lost_fraction > bench::kNoisyAbove ? "  (noisy)" : "");
   std::fflush(to);
 }
 

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "attend/ops/attention.h"
+#include "attend/ops/int8_attention.h"
 #include "attend/ops/merge.h"
 
 /// float64 reference of every op: plain loops, no vectorisation, no code shared with kernels or
@@ -21,10 +22,15 @@ struct RowProblem {
   bool causal = true;
   std::int64_t window_left = -1, window_right = -1;
   double softcap = 0.0;
-  double alibi_slope = 0.0;                        ///< 0 = off
-  bool alibi_sqrt = false;                         ///< as in AttentionParams
-  std::optional<double> sink;                      ///< logit of the sink; unset = none
-  bool lse_includes_sink = false;                  ///< as in AttentionParams
+  double alibi_slope = 0.0;        ///< 0 = off
+  bool alibi_sqrt = false;         ///< as in AttentionParams
+  std::optional<double> sink;      ///< logit of the sink; unset = none
+  bool lse_includes_sink = false;  ///< as in AttentionParams
+  /// Weights are rounded to n / weight_levels of the largest of their 256-key piece; the LSE is
+  /// not. 0 = off.
+  int weight_levels = 0;
+  /// Size of a part of the logits that q and k do not show, because the kernel adds it by itself.
+  double extra_logit_magnitude = 0.0;
   std::function<double(int d)> q;                  ///< value as the kernel sees it (rounded)
   std::function<double(std::int64_t j, int d)> k;  ///< key j
   std::function<double(std::int64_t j, int d)> v;  ///< value row j
@@ -40,7 +46,11 @@ struct RowResult {
   double softcap = 0.0;          ///< of the problem; 0 = off
   bool has_sink = false;         ///< a finite sink was counted
   double sink_magnitude = 0.0;   ///< its absolute value, else 0
+  double largest_value = 0.0;    ///< largest |v_jd| of the visible j
   std::int64_t visible_keys = 0;
+  /// Rounded weights only: what float32 errors can move by turning a weight to its other neighbour.
+  double doubtful_weight = 0.0;          ///< of the denominator, relative to it
+  std::vector<double> doubtful_abs_out;  ///< [head_dim_v] of the output; empty if not rounded
 };
 RowResult attention_row(const RowProblem& p);
 
@@ -60,6 +70,8 @@ struct Result {
 };
 /// Reference of flash_attn_varlen (arguments are only read).
 Result flash_attn_varlen(const FlashAttnVarlenArgs& args);
+/// Reference of flash_attn_varlen_int8 and, after its rows are saved, of the paged ops.
+Result flash_attn_varlen_int8(const FlashAttnVarlenInt8Args& args);
 /// Reference of flash_attn_with_kvcache: caches are read as they were before the call.
 Result flash_attn_with_kvcache(const FlashAttnWithKvCacheArgs& args);
 /// What the append of flash_attn_with_kvcache must leave in the cache, [B, Snew, Hkv, D].

@@ -128,6 +128,14 @@ struct Simd {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i), _mm256_castsi256_si128(bits));
   }
 
+  /// n int8 codes, a multiple of 8, to bf16, exactly.
+  ATTEND_INLINE static void decode(const std::int8_t* from, int n, bf16* to) {
+    for (int i = 0; i < n; i += 8) {
+      const __m128i codes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from + i));
+      narrow(to + i, _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(codes)));
+    }
+  }
+
   /// Rounded to nearest even in the upper half of each lane; the lower half holds rubbish.
   ATTEND_INLINE static __m256i round_bf16(F x) {
     const __m256i bits = _mm256_castps_si256(x);

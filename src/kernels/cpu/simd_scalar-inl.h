@@ -109,6 +109,11 @@ struct Simd {
     for (int i = 0; i < n; ++i) to[i] = attend::to_bf16(to_f32(from[i]));
   }
 
+  /// The same for int8 codes.
+  ATTEND_INLINE static void decode(const std::int8_t* from, int n, bf16* to) {
+    for (int i = 0; i < n; ++i) to[i] = attend::to_bf16(static_cast<float>(from[i]));
+  }
+
   template <typename T>
   ATTEND_INLINE static F widen(const T* p) {
     return map([&](int i) { return to_f32(p[i]); });

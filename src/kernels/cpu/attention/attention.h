@@ -42,9 +42,21 @@ struct Descale {
 
 /// A validated problem: everything but which part of the work to do.
 struct AttentionProblem {
-  /// f32, f16 or bf16, all alike; or fp8 keys and values, then q and out may be anything else.
-  DType q_dtype = DType::f32, kv_dtype = DType::f32, out_dtype = DType::f32;
+  /// f32, f16 or bf16, all alike. Or codes as keys and values (fp8; int8 with scales a token): then
+  /// q and out may be any float type. Or int8 q and k: then v is i8, f16 or bf16.
+  DType q_dtype = DType::f32, k_dtype = DType::f32, v_dtype = DType::f32, out_dtype = DType::f32;
   Descale q_descale, k_descale, v_descale;
+  /// Scales of single keys and values, beside their rows; null = none.
+  const float* k_scale = nullptr;
+  const float* v_scale = nullptr;
+  KvStrides k_scale_strides, v_scale_strides;
+  // int8 queries only.
+  const float* q_scale = nullptr;
+  RowLayout q_scale_layout;
+  const float* v_channel_scale = nullptr;  ///< [Hkv, Dv], int8 values only
+  std::int64_t v_channel_scale_stride = 0;
+  const float* k_mean = nullptr;  ///< [B, Hkv, D] what is missing from the keys; null = nothing
+  std::int64_t k_mean_stride_request = 0, k_mean_stride_head = 0;
   const void* q = nullptr;
   const void* k = nullptr;
   const void* v = nullptr;
@@ -81,7 +93,7 @@ struct AttentionProblem {
 
 /// Memory of one call: the partials of split units and each worker's scratch.
 struct KernelWorkspace {
-  float* partials = nullptr;  ///< [num_partial_rows, head_dim_v + 2]
+  float* partials = nullptr;  ///< [num_partial_rows, head_dim_v + kPartialHeader]
   float* scratch = nullptr;   ///< this worker's
   plan::ScratchLayout layout;
   const PartialRun* runs = nullptr;  ///< the plan's
@@ -97,10 +109,11 @@ using ReduceFn = void (*)(const AttentionProblem&, const Reduction&,
 /// One ISA level's kernels.
 struct AttentionKernel {
   IsaLevel isa;
-  RunUnitFn run_unit_f32, run_unit_f16, run_unit_bf16, run_unit_e4m3, run_unit_e5m2;
+  /// By the type of the keys; int8 ones have scales a token and meet queries of any float type.
+  RunUnitFn run_unit_f32, run_unit_f16, run_unit_bf16, run_unit_e4m3, run_unit_e5m2, run_unit_i8;
   ReduceFn reduce_f32, reduce_f16, reduce_bf16;
-  RunUnitFn run_unit(DType kv) const noexcept {
-    switch (kv) {
+  RunUnitFn run_unit(DType keys) const noexcept {
+    switch (keys) {
       case DType::f32:
         return run_unit_f32;
       case DType::f16:
@@ -109,6 +122,8 @@ struct AttentionKernel {
         return run_unit_e4m3;
       case DType::fp8_e5m2:
         return run_unit_e5m2;
+      case DType::i8:
+        return run_unit_i8;
       default:
         return run_unit_bf16;
     }
@@ -118,7 +133,17 @@ struct AttentionKernel {
   }
 };
 
+/// One ISA level's kernels for int8 queries and keys. Their partials are reduced by the above.
+struct Int8AttentionKernel {
+  IsaLevel isa;
+  RunUnitFn run_unit_i8, run_unit_f16, run_unit_bf16;  ///< by the type of the values
+  RunUnitFn run_unit(DType values) const noexcept {
+    return values == DType::i8 ? run_unit_i8 : values == DType::f16 ? run_unit_f16 : run_unit_bf16;
+  }
+};
+
 /// Best kernel whose level is not above `level`.
 const AttentionKernel& attention_kernel(IsaLevel level) noexcept;
+const Int8AttentionKernel& int8_attention_kernel(IsaLevel level) noexcept;
 
 }  // namespace attend::cpu

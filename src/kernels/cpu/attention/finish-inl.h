@@ -19,6 +19,13 @@ ATTEND_INLINE float exp2_one(float x) {
   return lanes[0];
 }
 
+/// a * b + c as the vectors compute it.
+ATTEND_INLINE float fma_one(float a, float b, float c) {
+  float lanes[Simd::kLanes];
+  Simd::store(lanes, Simd::fma(Simd::set1(a), Simd::set1(b), Simd::set1(c)));
+  return lanes[0];
+}
+
 /// What turns a row's final state into its results: out = acc * factor / sum.
 struct RowTotal {
   float factor;  // scale of the values; smaller if a sink is larger than every logit
@@ -26,18 +33,35 @@ struct RowTotal {
   float lse;     // natural log
 };
 
+/// A row's final state.
+struct RowState {
+  float m, l;
+  float full;  // the sum of the weights before rounding; l if they are not rounded
+};
+
 /// Counts the head's sink and the scale of the values, once: states are merged without them.
-ATTEND_INLINE RowTotal row_total(const AttentionProblem& p, int request, int head, float m,
-                                 float l) {
+ATTEND_INLINE RowTotal row_total(const AttentionProblem& p, int request, int head,
+                                 const RowState& row) {
+  const float m = row.m;
+  // Rounding turned a NaN weight into 0; the full sum has it.
+  const float l = row.l + 0.0F * row.full;
   const float value_scale = p.v_descale.at(request, head / p.group_size);
-  if (p.sinks == nullptr) return {value_scale, l, log_sum(m, l)};
+  if (p.sinks == nullptr) return {value_scale, l, log_sum(m, row.full)};
   const float sink = p.sinks[head * p.sink_stride];
   if (l == 0.0F) return {1.0F, 0.0F, p.lse_includes_sink ? sink : log_sum(m, l)};
   const float sink_log2 = sink * kLog2e;
   const float top = m > sink_log2 ? m : sink_log2;
   const float factor = exp2_one(m - top);
-  const float sum = l * factor + exp2_one(sink_log2 - top);
-  return {factor * value_scale, sum, p.lse_includes_sink ? log_sum(top, sum) : log_sum(m, l)};
+  const float share = exp2_one(sink_log2 - top);
+  return {factor * value_scale, l * factor + share,
+          p.lse_includes_sink ? log_sum(top, row.full * factor + share) : log_sum(m, row.full)};
+}
+
+/// int8 values: every column has a scale of its own.
+ATTEND_INLINE void scale_channels(const AttentionProblem& p, int kv_head, float* acc) {
+  if (p.v_channel_scale == nullptr) return;
+  const float* scales = p.v_channel_scale + kv_head * p.v_channel_scale_stride;
+  for (int c = 0; c < p.head_dim_v; ++c) acc[c] *= scales[c];
 }
 
 /// to = acc * factor / sum in the type of the output; zeros if no key was visible (acc is then not
@@ -70,11 +94,12 @@ void reduce_unit(const AttentionProblem& p, const Reduction& u,
   const std::int64_t width = plan::partial_row_floats(p.head_dim_v);
   const int rows = (u.q_end - u.q_begin) * p.group_size;
   float* acc = ws.scratch + ws.layout.acc;
-  float state[5][16] = {};  // m, l, piece m, piece l, unused lanes stay 0
+  float state[4][16] = {};  // m, l, piece m, piece l, unused lanes stay 0
   float keep[16], take[16];
   for (int r = 0; r < rows; ++r) {
     state[0][0] = -std::numeric_limits<float>::infinity();
     state[1][0] = 0.0F;
+    float full = 0.0F;
     for (int run = u.run_begin; run < u.run_end; ++run) {
       const PartialRun& partials = ws.runs[run];
       const float* from = ws.partials + (partials.slot + r) * width;
@@ -82,10 +107,11 @@ void reduce_unit(const AttentionProblem& p, const Reduction& u,
         state[2][0] = from[0];
         state[3][0] = from[1];
         merge_rows(1, state[0], state[1], state[2], state[3], keep, take);
+        full = fma_one(full, keep[0], from[2] * take[0]);
         const Simd::F a = Simd::set1(keep[0]), b = Simd::set1(take[0]);
         // The last vector may run over the row's end: into the next row or the buffer's padding.
         for (int c = 0; c < p.head_dim_v; c += Simd::kLanes) {
-          const Simd::F part = Simd::mul(Simd::load(from + 2 + c), b);
+          const Simd::F part = Simd::mul(Simd::load(from + plan::kPartialHeader + c), b);
           Simd::store(acc + c, keep[0] == 0.0F ? part : Simd::fma(Simd::load(acc + c), a, part));
         }
       }
@@ -93,7 +119,8 @@ void reduce_unit(const AttentionProblem& p, const Reduction& u,
     const int tok = u.q_begin + r / p.group_size;
     const int head = u.kv_head * p.group_size + r % p.group_size;
     T* to = static_cast<T*>(p.out) + p.out_layout.offset(p.query_start_loc, u.request, tok, head);
-    const RowTotal total = row_total(p, u.request, head, state[0][0], state[1][0]);
+    const RowTotal total = row_total(p, u.request, head, {state[0][0], state[1][0], full});
+    scale_channels(p, u.kv_head, acc);
     write_row(p, acc, total, false, to);
     if (p.lse != nullptr)
       p.lse[p.lse_layout.offset(p.query_start_loc, u.request, tok, head)] = total.lse;

@@ -11,24 +11,31 @@ inline constexpr int kUnroll = 4;
 /// a phase without prefetches would leave memory idle. Each phase says how many bytes of the
 /// current piece it works on; the shares are the phases' shares of the time, so that a piece's work
 /// fetches about one piece.
-template <typename T>
+template <typename K, typename V>
 struct PrefetchRows {
-  const T* const* row;     // next row that no run holds yet: keys first,
-  const T* const* values;  // then values,
-  const T* const* end;     // up to here
+  const K* const* keys;    // kPieceSize rows: keys first,
+  const V* const* values;  // then values
   int head_dim_qk, head_dim_v;
+  int row = 0;               // next row that no run holds yet
   const char* at = nullptr;  // the current run of rows that follow each other in memory
   const char* run_end = nullptr;
 
   ATTEND_INLINE void next_run() {
-    // At the end the last row is fetched again and again, which is harmless.
-    const T* const* from = row < end ? row : end - 1;
-    const bool is_key = from < values;
-    const int dim = is_key ? head_dim_qk : head_dim_v;
-    const T* const* limit = is_key ? values : end;
-    const T* after = *from + dim;
-    for (row = from + 1; row < limit && *row == after; ++row) after += dim;
-    at = reinterpret_cast<const char*>(*from);
+    if (row < kPieceSize) {
+      follow(keys, head_dim_qk, 0);
+    } else {
+      // At the end the last row is fetched again and again, which is harmless.
+      if (row == 2 * kPieceSize) --row;
+      follow(values, head_dim_v, kPieceSize);
+    }
+  }
+  /// Takes rows of `rows`, the first of which has number `first`, as long as they are adjacent.
+  template <typename T>
+  ATTEND_INLINE void follow(const T* const* rows, int dim, int first) {
+    const T* from = rows[row - first];
+    const T* after = from + dim;
+    for (++row; row < first + kPieceSize && rows[row - first] == after; ++row) after += dim;
+    at = reinterpret_cast<const char*>(from);
     run_end = reinterpret_cast<const char*>(after);
   }
   /// May run over the run's end: prefetches never fault.

@@ -29,10 +29,10 @@ struct HeadRows {
   int request;
 };
 
-/// Row pointers of keys [begin, end); rows[i] is key begin + i.
-template <typename T>
-ATTEND_INLINE void fill_rows(const AttentionProblem& p, const HeadRows<T>& from, int begin, int end,
-                             const T** rows) {
+/// Calls f(key, row) for keys [begin, end).
+template <typename T, typename Fn>
+ATTEND_INLINE void for_each_key(const AttentionProblem& p, const HeadRows<T>& from, int begin,
+                                int end, const Fn& f) {
   const KvStrides& st = from.strides;
   const int r = from.request;
   if (p.block_table != nullptr) {
@@ -42,7 +42,7 @@ ATTEND_INLINE void fill_rows(const AttentionProblem& p, const HeadRows<T>& from,
       const int block_end = (block + 1) * p.block_size;
       const int stop = block_end < end ? block_end : end;
       const T* row = from.head + table[block] * st.block + (j - block * p.block_size) * st.token;
-      for (; j < stop; ++j, row += st.token) rows[j - begin] = row;
+      for (; j < stop; ++j, row += st.token) f(j, row);
     }
     return;
   }
@@ -53,19 +53,28 @@ ATTEND_INLINE void fill_rows(const AttentionProblem& p, const HeadRows<T>& from,
     row += (p.batch_idx != nullptr ? p.batch_idx[r] : r) * st.block;
     if (p.leftpad != nullptr) row += p.leftpad[r] * st.token;
   }
-  for (int j = begin; j < end; ++j, row += st.token) rows[j - begin] = row;
+  for (int j = begin; j < end; ++j, row += st.token) f(j, row);
 }
 
-/// One worker's arrays, and the unit they hold. Keys and values lie in memory as `Stored` and are
-/// multiplied as T: fp8 is decoded to bf16, which holds every fp8 value exactly, a piece at a time.
-template <typename T, typename Stored>
+/// Row pointers of keys [begin, end); rows[i] is key begin + i.
+template <typename T>
+ATTEND_INLINE void fill_rows(const AttentionProblem& p, const HeadRows<T>& from, int begin, int end,
+                             const T** rows) {
+  for_each_key(p, from, begin, end,
+               [&](int j, const T* row) ATTEND_LAMBDA { rows[j - begin] = row; });
+}
+
+/// One worker's arrays, and the unit they hold. Keys and values lie in memory as `K` and `V` and
+/// are multiplied as T, except that int8 keys of int8 queries are multiplied as they are. Codes are
+/// staged: decoded to bf16, which holds each of them exactly, a piece at a time.
+template <typename T, typename K, typename V>
 struct UnitState {
-  static constexpr bool kStaged = !std::is_same_v<T, Stored>;
+  static constexpr bool kStaged = !std::is_same_v<T, V>;
   const AttentionProblem& p;
   const WorkUnit& u;
   int rows;  // query rows: token-major, then head of the group
   int dv_padded;
-  float* q;         // [rows, D] scaled to log2 units
+  float* q;         // [rows, D] scaled to log2 units; int8 queries: their codes
   float* s;         // [kBlockRows, kPieceSize] logits, then probabilities
   float* acc;       // [rows, dv_padded]
   float* k_panels;  // [kPanels][D][kPanelKeys]
@@ -81,12 +90,21 @@ struct UnitState {
   int* request;      // [rows]
   const T** k_rows;  // [kPieceSize] current piece
   const T** v_rows;
-  const Stored** stored_k_rows;  // the same as it lies in memory
-  const Stored** stored_v_rows;
-  const Stored** next_k_rows;  // next piece, for prefetch
-  const Stored** next_v_rows;
-  T* staged_k;  // [kPieceSize, D] decoded
-  T* staged_v;  // [kPieceSize, Dv]
+  const K** stored_k_rows;  // the same as it lies in memory
+  const V** stored_v_rows;
+  const K** next_k_rows;  // next piece, for prefetch
+  const V** next_v_rows;
+  T* staged_k;          // [kPieceSize, D] decoded
+  T* staged_v;          // [kPieceSize, Dv]
+  float* key_scales;    // [kPieceSize] of the current piece, if keys have scales of their own
+  float* value_scales;  // likewise
+  // int8 queries only.
+  std::int32_t* starts;   // [rows] minus what the bias of the keys adds to a product
+  float* factors;         // [rows] of a product of codes
+  float* offsets;         // [rows] of a logit
+  float* full;            // [rows] running sum of the weights before rounding
+  float* piece_full;      // [rows]
+  std::uint8_t* weights;  // [kBlockRows, kPieceSize] rounded
 
   UnitState(const AttentionProblem& problem, const WorkUnit& unit, const KernelWorkspace& ws)
       : p(problem),
@@ -99,27 +117,26 @@ struct UnitState {
     acc = ws.scratch + at.acc;
     k_panels = ws.scratch + at.k_panels;
     v_panels = ws.scratch + at.v_panels;
+    key_scales = ws.scratch + at.scales;
+    value_scales = key_scales + kPieceSize;
+    weights = reinterpret_cast<std::uint8_t*>(ws.scratch + at.weights);
     float* row_array = ws.scratch + at.rows;
     const auto take_rows = [&] {
       float* here = row_array;
       row_array += at.padded_rows;
       return here;
     };
-    m = take_rows();
-    l = take_rows();
-    piece_m = take_rows();
-    piece_l = take_rows();
-    keep = take_rows();
-    take = take_rows();
-    lo = reinterpret_cast<int*>(take_rows());
-    hi = reinterpret_cast<int*>(take_rows());
-    request = reinterpret_cast<int*>(take_rows());
-    const Stored** stored = reinterpret_cast<const Stored**>(row_array);
-    stored_k_rows = stored;
-    stored_v_rows = stored + kPieceSize;
-    next_k_rows = stored + 2 * kPieceSize;
-    next_v_rows = stored + 3 * kPieceSize;
-    k_rows = reinterpret_cast<const T**>(stored + 4 * kPieceSize);
+    for (float** array :
+         {&m, &l, &piece_m, &piece_l, &keep, &take, &factors, &offsets, &full, &piece_full})
+      *array = take_rows();
+    for (int** array : {&lo, &hi, &request, &starts}) *array = reinterpret_cast<int*>(take_rows());
+    const K** key_rows = reinterpret_cast<const K**>(row_array);
+    stored_k_rows = key_rows;
+    next_k_rows = key_rows + kPieceSize;
+    const V** value_rows = reinterpret_cast<const V**>(key_rows + 2 * kPieceSize);
+    stored_v_rows = value_rows;
+    next_v_rows = value_rows + kPieceSize;
+    k_rows = reinterpret_cast<const T**>(value_rows + 2 * kPieceSize);
     v_rows = k_rows + kPieceSize;
     staged_k = reinterpret_cast<T*>(ws.scratch + at.staged);
     staged_v = staged_k + std::int64_t{kPieceSize} * problem.head_dim_qk;

@@ -32,6 +32,20 @@ ATTEND_INLINE Simd::F finish_logit(Simd::F x, int j, const LogitTerms& t) {
   return x;
 }
 
+/// s *= factors over `span`, whose bounds are multiples of 16.
+ATTEND_INLINE void multiply_by(float* s, const float* factors, KeyRange span) {
+  for (int j = span.lo; j < span.hi; j += Simd::kLanes)
+    Simd::store(s + j, Simd::mul(Simd::load(s + j), Simd::load(factors + j)));
+}
+/// The same for the visible keys; s becomes 0 elsewhere.
+ATTEND_INLINE void multiply_visible_by(float* s, const float* factors, KeyRange span,
+                                       KeyRange visible) {
+  for (int j = span.lo; j < span.hi; j += Simd::kLanes) {
+    const Simd::F x = Simd::mul(Simd::load(s + j), Simd::load(factors + j));
+    Simd::store(s + j, Simd::keep_range(x, visible.lo - j, visible.hi - j, Simd::zero()));
+  }
+}
+
 /// Maximum (-inf if nothing is visible) and sum of one row of a piece.
 struct RowSums {
   float max, sum;

@@ -24,14 +24,23 @@ ATTEND_INLINE void with_dtype(DType t, const Fn& f) {
   }
 }
 
-template <typename T, typename Stored>
-struct UnitRunner : UnitState<T, Stored> {
-  using Base = UnitState<T, Stored>;
-  using Base::acc, Base::dv_padded, Base::hi, Base::k_panels, Base::k_rows, Base::keep, Base::l,
-      Base::lo, Base::m, Base::next_k_rows, Base::next_v_rows, Base::p, Base::piece_l,
-      Base::kStaged, Base::staged_k, Base::staged_v, Base::stored_k_rows, Base::stored_v_rows,
-      Base::piece_m, Base::q, Base::request, Base::rows, Base::s, Base::take, Base::u,
-      Base::v_panels, Base::v_rows;
+template <typename T>
+ATTEND_INLINE void exchange(T& a, T& b) {
+  const T was = a;
+  a = b;
+  b = was;
+}
+
+/// A derived runner hides what it does differently; whatever calls such a function takes the
+/// runner as `self`.
+template <typename T, typename K, typename V>
+struct UnitRunner : UnitState<T, K, V> {
+  using Base = UnitState<T, K, V>;
+  using Base::acc, Base::dv_padded, Base::hi, Base::k_panels, Base::k_rows, Base::keep,
+      Base::key_scales, Base::kStaged, Base::l, Base::lo, Base::m, Base::next_k_rows,
+      Base::next_v_rows, Base::p, Base::piece_l, Base::piece_m, Base::q, Base::request, Base::rows,
+      Base::s, Base::staged_k, Base::staged_v, Base::stored_k_rows, Base::stored_v_rows, Base::take,
+      Base::u, Base::v_panels, Base::v_rows, Base::value_scales;
   using Base::Base;
 
   bool packed_panel[plan::kPanels];
@@ -39,47 +48,63 @@ struct UnitRunner : UnitState<T, Stored> {
   bool values_finite;
   bool values_scanned;
   bool has_next;  // the next_ pointers are set
-  PrefetchRows<Stored> next;
+  PrefetchRows<K, V> next;
 
-  void load_queries() {
-    if constexpr (kStaged) {
-      with_dtype(p.q_dtype,
-                 [&](auto element) ATTEND_LAMBDA { load_queries_as<decltype(element)>(); });
-    } else {
-      load_queries_as<T>();
-    }
-  }
-
-  template <typename Q>
-  void load_queries_as() {
+  template <typename Self>
+  void load_queries(Self& self) {
     int r = 0;
     int own = u.request;
     for (int tok = this->token(0); r < rows; ++tok) {
       while (tok >= p.query_start_loc[own + 1]) ++own;
-      const float scale =
-          p.scale * (p.q_descale.at(own, u.kv_head) * p.k_descale.at(own, u.kv_head));
-      // With softcap the tile computes its argument, else the logit in log2 units.
-      const Simd::F factor = Simd::set1(p.softcap > 0.0F ? scale / p.softcap : scale * kLog2e);
       const KeyRange visible = visible_keys(p, own, this->position(own, tok));
-      const Q* from = static_cast<const Q*>(p.q) + p.q_layout.offset(p.query_start_loc, own,
-                                                                     tok - p.query_start_loc[own],
-                                                                     u.kv_head * p.group_size);
-      for (int g = 0; g < p.group_size; ++g, ++r, from += p.q_layout.stride_head) {
+      for (int g = 0; g < p.group_size; ++g, ++r) {
         lo[r] = visible.lo;
         hi[r] = visible.hi;
         request[r] = own;
-        float* to = q + std::int64_t{r} * p.head_dim_qk;
-        if constexpr (sizeof(Q) == 1) {
-          bf16 decoded[256];
-          Simd::decode(from, p.head_dim_qk, decoded);
-          scale_query(decoded, factor, to);
-        } else {
-          scale_query(from, factor, to);
-        }
+        self.load_query(r, tok - p.query_start_loc[own]);
       }
     }
-    pad_queries(r);
-    reset();
+    const int padded = static_cast<int>(plan::round_up(rows, Simd::kTileRows));
+    for (; r < padded; ++r) {  // rows that fill up the last tile see nothing
+      lo[r] = hi[r] = 0;
+      self.clear_query(r);
+    }
+    self.reset();
+  }
+
+  /// Row r is query token i of its request.
+  void load_query(int r, int i) {
+    if constexpr (kStaged) {
+      with_dtype(p.q_dtype,
+                 [&](auto element) ATTEND_LAMBDA { load_query_as<decltype(element)>(r, i); });
+    } else {
+      load_query_as<T>(r, i);
+    }
+  }
+
+  template <typename Q>
+  void load_query_as(int r, int i) {
+    const int own = request[r];
+    const float scale = p.scale * (p.q_descale.at(own, u.kv_head) * p.k_descale.at(own, u.kv_head));
+    const Simd::F factor = Simd::set1(log2_factor(scale));
+    const Q* from =
+        static_cast<const Q*>(p.q) + p.q_layout.offset(p.query_start_loc, own, i, this->head(r));
+    float* to = q + std::int64_t{r} * p.head_dim_qk;
+    if constexpr (sizeof(Q) == 1) {
+      bf16 decoded[256];
+      Simd::decode(from, p.head_dim_qk, decoded);
+      scale_query(decoded, factor, to);
+    } else {
+      scale_query(from, factor, to);
+    }
+  }
+  void clear_query(int r) {
+    std::memset(q + std::int64_t{r} * p.head_dim_qk, 0, sizeof(float) * p.head_dim_qk);
+  }
+
+  /// With softcap the tile computes its argument, else the logit in log2 units.
+  float log2_factor(float scale) const {
+    return p.softcap > 0.0F ? scale / p.softcap : scale * kLog2e;
   }
 
   /// to = from * factor.
@@ -92,15 +117,6 @@ struct UnitRunner : UnitState<T, Stored> {
     // Runs into the next row, which is written after this one, or into padding.
     if (d < p.head_dim_qk) Simd::store(to + d, Simd::mul(Simd::widen_half(from + d), factor));
 #endif
-  }
-
-  /// Rows that fill up the last tile see nothing.
-  void pad_queries(int r) {
-    const int padded = static_cast<int>(plan::round_up(rows, Simd::kTileRows));
-    for (; r < padded; ++r) {
-      lo[r] = hi[r] = 0;
-      std::memset(q + std::int64_t{r} * p.head_dim_qk, 0, sizeof(float) * p.head_dim_qk);
-    }
   }
 
   /// Empties the state. Accumulators need no zeros: what an empty state holds is never read.
@@ -129,10 +145,10 @@ struct UnitRunner : UnitState<T, Stored> {
   /// Pointers for the keys of `range` of the piece at `base`; the other entries repeat the first,
   /// so that packing and prefetching never touch a row that no query sees.
   void point_rows(KeyRange range, int base) {
-    const HeadRows<Stored> k{static_cast<const Stored*>(p.k) + u.kv_head * p.k_strides.head,
-                             p.k_strides, u.request};
-    const HeadRows<Stored> v{static_cast<const Stored*>(p.v) + u.kv_head * p.v_strides.head,
-                             p.v_strides, u.request};
+    const HeadRows<K> k{static_cast<const K*>(p.k) + u.kv_head * p.k_strides.head, p.k_strides,
+                        u.request};
+    const HeadRows<V> v{static_cast<const V*>(p.v) + u.kv_head * p.v_strides.head, p.v_strides,
+                        u.request};
     fill_rows(p, k, base + range.lo, base + range.hi, next_k_rows + range.lo);
     fill_rows(p, v, base + range.lo, base + range.hi, next_v_rows + range.lo);
     const auto repeat = [&](int begin, int end) {
@@ -143,6 +159,16 @@ struct UnitRunner : UnitState<T, Stored> {
     };
     repeat(0, range.lo);
     repeat(range.hi, kPieceSize);
+  }
+
+  /// Scales of the keys of `range` of the piece at `base`, one a key, to `to`; 0 elsewhere, where
+  /// no query looks.
+  ATTEND_NOINLINE void load_scales(const float* scales, const KvStrides& strides, KeyRange range,
+                                   int base, float* to) const {
+    std::memset(to, 0, sizeof(float) * kPieceSize);
+    const HeadRows<float> rows_of_one{scales + u.kv_head * strides.head, strides, u.request};
+    for_each_key(p, rows_of_one, base + range.lo, base + range.hi,
+                 [&](int j, const float* scale) ATTEND_LAMBDA { to[j - base] = *scale; });
   }
 
   /// A single tile means decode, bound by memory: it fetches the next piece meanwhile.
@@ -217,35 +243,41 @@ struct UnitRunner : UnitState<T, Stored> {
     return values_finite = !bad;
   }
 
-  void logits(int begin, int end, int base, bool keep_panels) {
+  template <typename Self>
+  void logits(Self& self, int begin, int end, int base, bool keep_panels) {
     const KeyRange range = piece_range(begin, end, base);
     for (int panel = range.lo / plan::kPanelKeys; panel * plan::kPanelKeys < range.hi; ++panel) {
-      const float* keys = k_panel(panel, keep_panels);
+      const auto* keys = self.k_panel(panel, keep_panels);
       const int key_begin = panel * plan::kPanelKeys;
       for (int r = begin; r < end; r += Simd::kTileRows) {
         const int tile_end = r + Simd::kTileRows < end ? r + Simd::kTileRows : end;
         const KeyRange tile = piece_range(r, tile_end, base);
         if (key_begin >= tile.hi || key_begin + plan::kPanelKeys <= tile.lo) continue;
-        const float* qr = q + std::int64_t{r} * p.head_dim_qk;
         float* sr = s + std::int64_t{r - begin} * kPieceSize + key_begin;
         with_tile_rows(tile_end - r, [&](auto height) ATTEND_LAMBDA {
-          constexpr int kHeight = decltype(height)::value;
-#if ATTEND_BF16_PAIRS
-          if constexpr (kMayPackPairs) {
-            if (packs_pairs()) {
-              qk_tile<kHeight, sizeof(T)>(qr, p.head_dim_qk, PairedKeyPanel{keys}, sr, next);
-              return;
-            }
-          }
-#endif
-          if (fetches()) {
-            qk_tile<kHeight, sizeof(T)>(qr, p.head_dim_qk, KeyPanel{keys}, sr, next);
-          } else {
-            NoPrefetch none;
-            qk_tile<kHeight, sizeof(T)>(qr, p.head_dim_qk, KeyPanel{keys}, sr, none);
-          }
+          self.template multiply_panel<decltype(height)::value>(r, keys, key_begin, sr);
         });
       }
+    }
+  }
+
+  /// Logits of rows [r, r + R) and one panel.
+  template <int R>
+  void multiply_panel(int r, const float* keys, int /*key_begin*/, float* sr) {
+    const float* qr = q + std::int64_t{r} * p.head_dim_qk;
+#if ATTEND_BF16_PAIRS
+    if constexpr (kMayPackPairs) {
+      if (packs_pairs()) {
+        qk_tile<R, sizeof(K)>(qr, p.head_dim_qk, PairedKeyPanel{keys}, sr, next);
+        return;
+      }
+    }
+#endif
+    if (fetches()) {
+      qk_tile<R, sizeof(K)>(qr, p.head_dim_qk, KeyPanel{keys}, sr, next);
+    } else {
+      NoPrefetch none;
+      qk_tile<R, sizeof(K)>(qr, p.head_dim_qk, KeyPanel{keys}, sr, none);
     }
   }
 
@@ -263,24 +295,19 @@ struct UnitRunner : UnitState<T, Stored> {
     return softmax_row<true>(sr, span, visible, t);
   }
 
-  void probabilities(int begin, int end, int base) {
+  template <typename Self>
+  void probabilities(Self& self, int begin, int end, int base) {
     for (int r0 = begin; r0 < end; r0 += Simd::kTileRows) {
       const int tile_end = r0 + Simd::kTileRows < end ? r0 + Simd::kTileRows : end;
       const KeyRange tile = piece_range(r0, tile_end, base);
       const KeyRange span{tile.lo / 16 * 16, static_cast<int>(plan::round_up(tile.hi, 16))};
       for (int r = r0; r < tile_end; ++r) {
         if (fetches()) next.beside_softmax_row();
-        const RowSums sums =
-            row_probabilities(r, s + std::int64_t{r - begin} * kPieceSize, span, base);
-        piece_m[r] = sums.max;
-        piece_l[r] = sums.sum;
+        self.finish_row(r, r - begin, span, base);
       }
     }
     const int tiles_end = begin + static_cast<int>(plan::round_up(end - begin, Simd::kTileRows));
-    for (int r = end; r < tiles_end; ++r) {  // padding rows of the last tile
-      float* sr = s + std::int64_t{r - begin} * kPieceSize;
-      std::memset(sr, 0, sizeof(float) * kPieceSize);
-    }
+    for (int r = end; r < tiles_end; ++r) self.clear_row(r - begin);  // padding of the last tile
     const int vec_end = begin + static_cast<int>(plan::round_up(end - begin, 16));
     for (int r = end; r < vec_end || r < tiles_end; ++r) {
       piece_m[r] = -std::numeric_limits<float>::infinity();
@@ -288,6 +315,21 @@ struct UnitRunner : UnitState<T, Stored> {
     }
     merge_rows(vec_end - begin, m + begin, l + begin, piece_m + begin, piece_l + begin,
                keep + begin, take + begin);
+  }
+
+  /// Weights and sums of row r, which is row `at` of its block.
+  void finish_row(int r, int at, KeyRange span, int base) {
+    float* sr = s + std::int64_t{at} * kPieceSize;
+    if (p.k_scale != nullptr) multiply_by(sr, key_scales, span);
+    const RowSums sums = row_probabilities(r, sr, span, base);
+    piece_m[r] = sums.max;
+    piece_l[r] = sums.sum;
+    // A masked key's scale may be NaN: its weight stays 0.
+    if (p.v_scale != nullptr)
+      multiply_visible_by(sr, value_scales, span, {lo[r] - base, hi[r] - base});
+  }
+  void clear_row(int at) {
+    std::memset(s + std::int64_t{at} * kPieceSize, 0, sizeof(float) * kPieceSize);
   }
 
   /// Adds the piece's values to rows [r, r + height) over keys `tile`.
@@ -347,6 +389,7 @@ struct UnitRunner : UnitState<T, Stored> {
   }
 
   void outputs(int begin, int end, int base, KeyRange unit_range) {
+    if (!values_packed && rows > Simd::kTileRows) pack_values(unit_range);
     for (int r = begin; r < end; r += Simd::kTileRows) {
       const int tile_end = r + Simd::kTileRows < end ? r + Simd::kTileRows : end;
       const KeyRange tile = piece_range(r, tile_end, base);
@@ -367,8 +410,17 @@ struct UnitRunner : UnitState<T, Stored> {
     }
   }
 
+  void stage(int piece) {
+    if constexpr (kStaged) {
+      decode_rows(piece);
+    } else {
+      k_rows = stored_k_rows;
+      v_rows = stored_v_rows;
+    }
+  }
+
   /// Decodes the visible rows of a piece; the others repeat the first, as in point_rows.
-  ATTEND_NOINLINE void stage(int piece) {
+  ATTEND_NOINLINE void decode_rows(int piece) {
     const KeyRange range = piece_range(0, rows, piece * kPieceSize);
     if (range.lo >= range.hi) return;
     for (int j = 0; j < kPieceSize; ++j) {
@@ -384,64 +436,77 @@ struct UnitRunner : UnitState<T, Stored> {
     }
   }
 
-  ATTEND_NOINLINE void run_piece(int piece) {
+  template <typename Self>
+  ATTEND_NOINLINE void run_piece(Self& self, int piece) {
     const int base = piece * kPieceSize;
     const KeyRange range = piece_range(0, rows, base);
     if (range.lo >= range.hi) return;
     const bool one_block = rows <= plan::kBlockRows;
     std::memset(packed_panel, 0, sizeof packed_panel);
     values_packed = values_scanned = false;
+    if (p.k_scale != nullptr) load_scales(p.k_scale, p.k_scale_strides, range, base, key_scales);
+    if (p.v_scale != nullptr) load_scales(p.v_scale, p.v_scale_strides, range, base, value_scales);
     for (int begin = 0; begin < rows; begin += plan::kBlockRows) {
       const int end = begin + plan::kBlockRows < rows ? begin + plan::kBlockRows : rows;
-      logits(begin, end, base, !one_block);
-      probabilities(begin, end, base);
-      if (!values_packed && rows > Simd::kTileRows) pack_values(range);
-      outputs(begin, end, base, range);
+      logits(self, begin, end, base, !one_block);
+      probabilities(self, begin, end, base);
+      self.outputs(begin, end, base, range);
     }
   }
 
-  void write_outputs() const {
-    if constexpr (kStaged) {
-      with_float_dtype(p.out_dtype,
-                       [&](auto element) ATTEND_LAMBDA { write_outputs_as<decltype(element)>(); });
+  template <typename Self>
+  void write_outputs(Self& self) const {
+    if constexpr (Self::kAnyOut) {
+      with_float_dtype(p.out_dtype, [&](auto element) ATTEND_LAMBDA {
+        write_outputs_as<decltype(element)>(self);
+      });
     } else {
-      write_outputs_as<T>();
+      write_outputs_as<T>(self);
     }
   }
+  static constexpr bool kAnyOut = kStaged;
 
-  template <typename Out>
-  void write_outputs_as() const {
+  template <typename Out, typename Self>
+  void write_outputs_as(Self& self) const {
     int r = 0;
     for (int tok = u.q_begin; tok < u.q_end; ++tok) {
       for (int g = 0; g < p.group_size; ++g, ++r) {
         const int head = u.kv_head * p.group_size + g;
         Out* to =
             static_cast<Out*>(p.out) + p.out_layout.offset(p.query_start_loc, u.request, tok, head);
-        const RowTotal total = row_total(p, u.request, head, m[r], l[r]);
-        write_row(p, acc + std::int64_t{r} * dv_padded, total,
-                  has_paired_columns<T>(rows, p.head_dim_v), to);
+        const RowTotal total = row_total(p, u.request, head, {m[r], l[r], self.full_sum(r)});
+        float* from = acc + std::int64_t{r} * dv_padded;
+        scale_channels(p, u.kv_head, from);
+        write_row(p, from, total, has_paired_columns<T>(rows, p.head_dim_v), to);
         if (p.lse != nullptr)
           p.lse[p.lse_layout.offset(p.query_start_loc, u.request, tok, head)] = total.lse;
       }
     }
   }
 
+  /// Sum of a row's weights before they were rounded.
+  float full_sum(int r) const { return l[r]; }
+
   /// Stores the state as the unit's partials number `index`.
-  void store_partials(std::int64_t index, float* partials) const {
+  template <typename Self>
+  void store_partials(Self& self, std::int64_t index, float* partials) const {
     const std::int64_t width = plan::partial_row_floats(p.head_dim_v);
     const bool paired = has_paired_columns<T>(rows, p.head_dim_v);
     float* to = partials + (u.partial_slot + index * u.partial_stride) * width;
     for (int r = 0; r < rows; ++r, to += width) {
       to[0] = m[r];
       to[1] = l[r];
+      to[2] = self.full_sum(r);
+      float* columns = to + plan::kPartialHeader;
       const float* from = acc + std::int64_t{r} * dv_padded;
       if (l[r] == 0.0F) {
-        std::memset(to + 2, 0, sizeof(float) * p.head_dim_v);
+        std::memset(columns, 0, sizeof(float) * p.head_dim_v);
       } else if (paired) {
         for (int c = 0; c < p.head_dim_v; c += 2 * Simd::kLanes)
-          Simd::narrow_pairs(to + 2 + c, Simd::load(from + c), Simd::load(from + c + Simd::kLanes));
+          Simd::narrow_pairs(columns + c, Simd::load(from + c),
+                             Simd::load(from + c + Simd::kLanes));
       } else {
-        std::memcpy(to + 2, from, sizeof(float) * p.head_dim_v);
+        std::memcpy(columns, from, sizeof(float) * p.head_dim_v);
       }
     }
   }
@@ -456,38 +521,30 @@ struct UnitRunner : UnitState<T, Stored> {
     has_next = true;
   }
 
-  void run(float* partials) {
-    load_queries();
+  template <typename Self>
+  void run(Self& self, float* partials) {
+    load_queries(self);
     const bool stores = u.partial_slot >= 0, merges = u.partial_stride == 0;
     point_next(u.piece_begin);
     for (int piece = u.piece_begin; piece < u.piece_end; ++piece) {
-      const Stored** k_swap = stored_k_rows;
-      const Stored** v_swap = stored_v_rows;
-      stored_k_rows = next_k_rows;
-      stored_v_rows = next_v_rows;
-      next_k_rows = k_swap;
-      next_v_rows = v_swap;
+      exchange(stored_k_rows, next_k_rows);
+      exchange(stored_v_rows, next_v_rows);
       point_next(piece + 1);
       // Without a next piece the lines at hand are fetched again.
-      const Stored* const* ahead = has_next ? next_k_rows : stored_k_rows;
-      next = {ahead, ahead + kPieceSize, ahead + 2 * kPieceSize, p.head_dim_qk, p.head_dim_v};
+      next = {has_next ? next_k_rows : stored_k_rows, has_next ? next_v_rows : stored_v_rows,
+              p.head_dim_qk, p.head_dim_v};
       next.next_run();
-      if constexpr (kStaged) {
-        stage(piece);
-      } else {
-        k_rows = stored_k_rows;
-        v_rows = stored_v_rows;
-      }
-      run_piece(piece);
+      self.stage(piece);
+      run_piece(self, piece);
       if (stores && !merges) {
-        store_partials(piece - u.piece_begin, partials);
-        reset();
+        store_partials(self, piece - u.piece_begin, partials);
+        self.reset();
       }
     }
     if (!stores) {
-      write_outputs();
+      write_outputs(self);
     } else if (merges) {
-      store_partials(0, partials);
+      store_partials(self, 0, partials);
     }
   }
 };

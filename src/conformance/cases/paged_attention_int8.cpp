@@ -1,0 +1,10 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "conformance/paged_int8_case.h"
+
+namespace attend::conformance {
+
+Op op_paged_attention_int8() {
+  return {"paged_attention_int8", true, [](Rng& rng) { return make_paged_int8_case(rng, false); }};
+}
+
+}  // namespace attend::conformance

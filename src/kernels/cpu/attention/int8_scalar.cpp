@@ -1,0 +1,28 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <bit>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <type_traits>
+
+#include "attend/core/float_types.h"
+#include "kernels/cpu/attention/attention.h"
+#include "kernels/cpu/exp2_poly.h"
+#include "kernels/cpu/inline.h"
+#include "kernels/cpu/region.h"
+
+#define ATTEND_HALF_VECTOR 0
+
+namespace attend::cpu::scalar {
+namespace {
+#include "kernels/cpu/simd_scalar-inl.h"
+//
+#include "kernels/cpu/dot_generic-inl.h"
+//
+#include "kernels/cpu/dot_scalar-inl.h"
+//
+#include "kernels/cpu/attention/int8_attention-inl.h"
+}  // namespace
+
+extern constinit const Int8AttentionKernel kInt8AttentionKernel = make_int8_entry(IsaLevel::scalar);
+}  // namespace attend::cpu::scalar
