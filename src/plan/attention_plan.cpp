@@ -11,16 +11,13 @@
 
 #include "attend/core/error.h"
 #include "plan/unit_layout.h"
+#include "plan/unit_size.h"
+#include "plan/visible_pieces.h"
 
 namespace attend {
 namespace {
 
-/// Most rows of a prefill unit: large enough that packing K and V is cheap beside using them, small
-/// enough that a unit's state stays in L2. Fewer where the workers would not all get their units.
-constexpr int kMaxUnitRows = 1024;
-constexpr int kMinUnitRows = 192;
-/// Units that each worker should get at least, so that the dynamic order can balance them.
-constexpr int kUnitsPerWorker = 4;
+using plan::PieceRange;
 
 void require(const AttentionPlanInput& in, bool ok, const char* argument,
              const std::string& expected, const std::string& got) {
@@ -104,32 +101,18 @@ IsaLevel checked_isa(std::optional<IsaLevel> wanted) {
   return *wanted;
 }
 
-/// Pieces that queries [begin, end) of a request can see, as [first, last).
-struct PieceRange {
-  std::int32_t first, last;
-};
-
 PieceRange visible_pieces(const AttentionPlan& p, int r, int begin, int end) {
   const auto i = static_cast<std::size_t>(r);
-  const std::int64_t keys = p.seq_lens[i];
-  const std::int64_t shift = keys - (p.query_start_loc[i + 1] - p.query_start_loc[i]);
-  std::int64_t lo = 0, hi = keys;
-  if (p.window_left >= 0) lo = std::max<std::int64_t>(0, begin + shift - p.window_left);
-  const std::int64_t right = p.request_causal[i] != 0 ? 0 : p.window_right;
-  if (right >= 0) hi = std::clamp<std::int64_t>(end - 1 + shift + right + 1, 0, keys);
-  if (lo >= hi) return {0, 0};
-  return {static_cast<std::int32_t>(lo / kPieceSize),
-          static_cast<std::int32_t>((hi + kPieceSize - 1) / kPieceSize)};
+  return plan::visible_pieces({p.seq_lens[i], p.query_start_loc[i + 1] - p.query_start_loc[i],
+                               p.window_left, p.request_causal[i] != 0 ? 0 : p.window_right},
+                              begin, end);
 }
 
 class Planner {
  public:
-  explicit Planner(AttentionPlan& plan) : p_(plan), group_(plan.num_q_heads / plan.num_kv_heads) {
-    const std::int64_t rows = std::int64_t{plan.num_tokens()} * plan.num_q_heads;
-    const std::int64_t units = std::int64_t{kUnitsPerWorker} * plan.num_workers;
-    unit_rows_ =
-        static_cast<int>(std::clamp<std::int64_t>(rows / units, kMinUnitRows, kMaxUnitRows));
-    step_ = std::max(1, unit_rows_ / group_);
+  explicit Planner(AttentionPlan& to) : p_(to), group_(to.num_q_heads / to.num_kv_heads) {
+    const int rows = plan::max_unit_rows(p_.num_tokens(), p_.num_q_heads, p_.num_workers);
+    step_ = std::max(1, rows / group_);
     innermost_.assign(p_.seq_lens.size(), -1);
   }
 
@@ -138,7 +121,7 @@ class Planner {
     for (const SharedPrefix& shared : p_.shared_prefixes) total += share(shared);
     for (int r = 0; r < p_.num_reqs(); ++r) total += cut_request(r);
     const std::int64_t target =
-        std::max<std::int64_t>(1, total / (std::int64_t{kUnitsPerWorker} * p_.num_workers));
+        std::max<std::int64_t>(1, total / (std::int64_t{plan::kUnitsPerWorker} * p_.num_workers));
     std::vector<WorkUnit> whole;
     whole.swap(p_.units);
     for (Shared& shared : shared_) emit(shared, target);
@@ -300,7 +283,6 @@ class Planner {
 
   AttentionPlan& p_;
   int group_;
-  int unit_rows_;
   int step_;  ///< query tokens of a unit
   std::vector<Shared> shared_;
   std::vector<int> innermost_;  ///< [B] index of the longest shared pieces, or -1

@@ -95,9 +95,10 @@ TEST(FlashAttnBuild, CommonPrefixMayBeAsLongAsTheShortestContext) {
   StepOptions o;
   o.context_lens = {70, 33, 40};
   Step step(o);
-  EXPECT_NO_THROW(step.build(33));
-  EXPECT_THROW(step.build(34), InvalidArgument);
-  EXPECT_THROW(step.build(-1), InvalidArgument);
+  EXPECT_NO_THROW(step.build(32));
+  EXPECT_THROW(step.build(48), InvalidArgument);
+  EXPECT_THROW(step.build(-16), InvalidArgument);
+  EXPECT_THROW(step.build(24), InvalidArgument) << "no whole number of blocks";
 }
 
 TEST(FlashAttnBuild, EncodersRefuseContext) {

@@ -137,6 +137,14 @@ void Step::fill_tokens() {
                                             key_lens[i], options.num_kv_heads, options.head_size});
     keys_.back().fill_normal(rng);
     values_.back().fill_normal(rng);
+    for (int j = 0; j < options.shared_keys && r > 0; ++j) {
+      for (int h = 0; h < options.num_kv_heads; ++h) {
+        copy_row(keys_[i].view().select(0, j).select(0, h),
+                 keys_[0].view().select(0, j).select(0, h));
+        copy_row(values_[i].view().select(0, j).select(0, h),
+                 values_[0].view().select(0, j).select(0, h));
+      }
+    }
     HostTensor q(options.dtype, {query_len, options.num_q_heads, options.head_size});
     q.fill_normal(rng);
     for (int t = 0; t < query_len; ++t, ++token) {
@@ -171,7 +179,12 @@ void Step::fill_batch() {
   for (int r = 0; r < num_reqs(); ++r) {
     const auto i = static_cast<std::size_t>(r);
     for (int b = 0; b < blocks(key_lens[i], options.block_size); ++b) {
-      table[i * width + static_cast<std::size_t>(b)] = free.back();
+      const auto column = static_cast<std::size_t>(b);
+      if (r > 0 && b < options.shared_keys / options.block_size) {
+        table[i * width + column] = table[column];
+        continue;
+      }
+      table[i * width + column] = free.back();
       free.pop_back();
     }
     batch.query_start_loc.push_back(batch.query_start_loc.back() + options.query_lens[i]);

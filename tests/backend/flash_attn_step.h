@@ -16,6 +16,8 @@ namespace attend::testing {
 struct StepOptions {
   std::vector<int> query_lens = {1, 5, 40};
   std::vector<int> context_lens = {70, 33, 0};  ///< computed tokens a request; all 0 for encoders
+  /// Keys that all requests begin with, in the same blocks: whole blocks, <= all context_lens.
+  int shared_keys = 0;
   std::vector<std::uint8_t> request_causal = {};
   bool causal = true;
   int num_q_heads = 4;

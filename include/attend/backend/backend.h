@@ -13,6 +13,7 @@
 #include "attend/core/executor.h"
 #include "attend/core/tensor_view.h"
 #include "attend/core/workspace.h"
+#include "attend/plan/cascade.h"
 
 /// The interface that every attention back end implements: capability (data), metadata builder
 /// (once per batch), impl (once per layer).
@@ -85,6 +86,9 @@ struct BuilderConfig {
   int num_speculative_tokens = 0;
   int num_workers = 1;  ///< workers of the executor that will run the plans
   AttentionType attn_type = AttentionType::decoder;
+  /// Whether requests that share a prefix attend to it once; a back end may do without.
+  CascadeMode cascade = CascadeMode::automatic;
+  bool use_alibi = false;  ///< the layers have ALiBi slopes; only CascadeMode::vllm asks
 };
 
 /// Result of a builder; each back end derives its own. Immutable once built, shared by all layers.
@@ -99,7 +103,8 @@ class Metadata {
 class MetadataBuilder {
  public:
   virtual ~MetadataBuilder() = default;
-  /// `common_prefix_len`: tokens that all requests share at the start, 0 = none.
+  /// `common_prefix_len`: tokens that all requests share at the start, whole blocks and no more
+  /// than the computed tokens of any request; 0 = none or not known.
   /// `fast_build`: prefer a quick plan over a balanced one.
   /// @throws InvalidArgument if the batch breaks an invariant.
   virtual std::unique_ptr<Metadata> build(int common_prefix_len, const CommonMetadata& batch,

@@ -87,7 +87,6 @@ class FlashAttnBuilder final : public MetadataBuilder {
  public:
   explicit FlashAttnBuilder(const BuilderConfig& config) : config_(config) { check_config(config); }
 
-  /// A common prefix is a hint: attending flat gives the same bits, so it is checked and not used.
   /// The plan is quick already: `fast_build` changes nothing.
   std::unique_ptr<Metadata> build(int common_prefix_len, const CommonMetadata& padded,
                                   bool /*fast_build*/) override {
@@ -101,7 +100,10 @@ class FlashAttnBuilder final : public MetadataBuilder {
     if (cross) check_encoder_fields(batch);
 
     auto metadata = std::make_unique<FlashAttnMetadata>();
-    metadata->plan = std::make_shared<const AttentionPlan>(plan(batch));
+    AttentionPlanInput input = plan_input(batch);
+    metadata->cascade = decide(input, batch, common_prefix_len);
+    input.shared_prefixes = metadata->cascade.prefixes;
+    metadata->plan = std::make_shared<const AttentionPlan>(plan_attention(input));
     metadata->attn_type = config_.attn_type;
     metadata->causal = !encoder && !cross && batch.causal;
     metadata->all_causal = !encoder && !cross && all_causal(batch);
@@ -138,6 +140,11 @@ class FlashAttnBuilder final : public MetadataBuilder {
     updated->block_size = config_.cache.block_size;
     updated->block_table =
         block_table.defined() ? block_table.slice(0, 0, old->num_reqs) : block_table;
+    if (!has_shared_blocks(updated->block_table, old->cascade.prefixes)) {
+      updated->cascade = {};
+      updated->cascade.reason = CascadeReason::nothing_shared;
+      updated->plan = std::make_shared<const AttentionPlan>(plan_flat(*old->plan));
+    }
     return updated;
   }
 
@@ -146,7 +153,7 @@ class FlashAttnBuilder final : public MetadataBuilder {
   }
 
  private:
-  AttentionPlan plan(const CommonMetadata& batch) const {
+  AttentionPlanInput plan_input(const CommonMetadata& batch) const {
     AttentionPlanInput input;
     input.op = kBuildOp.data();
     input.query_start_loc = batch.query_start_loc;
@@ -163,6 +170,52 @@ class FlashAttnBuilder final : public MetadataBuilder {
       input.causal = batch.causal;
       input.request_causal = batch.request_causal;
     }
+    return input;
+  }
+
+  CascadeDecision decide(const AttentionPlanInput& input, const CommonMetadata& batch,
+                         int common_prefix_len) const {
+    if (is_cross(config_.attn_type)) return {.prefixes = {}, .reason = CascadeReason::encoder_keys};
+    CascadeInput in;
+    in.mode = config_.cascade;
+    in.batch = input;
+    if (!is_encoder(config_.attn_type)) in.block_table = batch.block_table;
+    in.block_size = config_.cache.block_size;
+    in.kv_dtype = config_.cache.dtype;
+    in.common_prefix_len = common_prefix_len;
+    in.use_alibi = config_.use_alibi;
+    return decide_cascade(in);
+  }
+
+  /// Whether the requests of each prefix have the same blocks in another table.
+  bool has_shared_blocks(const ConstTensorView& table,
+                         const std::vector<SharedPrefix>& prefixes) const {
+    const auto row = [&](std::int64_t r) {
+      return table.as<std::int32_t>() + r * table.strides[0];
+    };
+    return std::ranges::all_of(prefixes, [&](const SharedPrefix& p) {
+      const std::int32_t* first = row(p.request_begin);
+      for (int r = p.request_begin + 1; r < p.request_end; ++r)
+        if (!std::equal(first, first + p.num_keys / config_.cache.block_size, row(r))) return false;
+      return true;
+    });
+  }
+
+  /// A plan for the same batch that shares nothing.
+  static AttentionPlan plan_flat(const AttentionPlan& plan) {
+    AttentionPlanInput input;
+    input.op = kUpdateOp.data();
+    input.query_start_loc = plan.query_start_loc;
+    input.seq_lens = plan.seq_lens;
+    input.num_q_heads = plan.num_q_heads;
+    input.num_kv_heads = plan.num_kv_heads;
+    input.head_dim_qk = plan.head_dim_qk;
+    input.head_dim_v = plan.head_dim_v;
+    input.request_causal = plan.request_causal;
+    input.window_left = plan.window_left;
+    input.window_right = plan.window_right;
+    input.num_workers = plan.num_workers;
+    input.isa = plan.isa;
     return plan_attention(input);
   }
 
@@ -172,7 +225,7 @@ class FlashAttnBuilder final : public MetadataBuilder {
                         : std::all_of(each.begin(), each.end(), [](auto c) { return c != 0; });
   }
 
-  static void check_common_prefix(int common_prefix_len, const CommonMetadata& batch) {
+  void check_common_prefix(int common_prefix_len, const CommonMetadata& batch) const {
     int limit = batch.num_reqs == 0 ? 0 : std::numeric_limits<int>::max();
     for (int r = 0; r < batch.num_reqs; ++r) limit = std::min(limit, batch.num_computed_tokens(r));
     check::require(
@@ -181,6 +234,11 @@ class FlashAttnBuilder final : public MetadataBuilder {
           return fmt::format("a number from 0 to {}, the fewest computed tokens of a request",
                              limit);
         },
+        common_prefix_len);
+    check::require(
+        common_prefix_len == 0 || common_prefix_len % config_.cache.block_size == 0,
+        {kBuildOp, "common_prefix_len"},
+        [&] { return fmt::format("a multiple of the block size {}", config_.cache.block_size); },
         common_prefix_len);
   }
 

@@ -32,6 +32,7 @@ struct FlashAttnMetadata final : Metadata {
   int num_tokens = 0;
   int num_new_keys = 0;  ///< rows of key and value: num_tokens; encoder_decoder: encoder rows
   DecodePrefillSplit split;
+  CascadeDecision cascade;      ///< what the plan shares, and why
   int block_size = 0;           ///< 0 for encoders
   ConstTensorView block_table;  ///< i32 [num_reqs, max_blocks], not owned; undefined for encoders
   std::vector<std::int64_t> slot_mapping;  ///< [num_new_keys], or empty: nothing to write
