@@ -22,7 +22,8 @@ struct VarlenOptions {
   bool layered = false;  ///< paged: other layers lie between consecutive blocks
   bool lse = true;
   bool lse_by_head = false;     ///< lse stored as [Hq, T]
-  std::optional<DType> fp8;     ///< of keys and values
+  std::optional<DType> codes;   ///< of keys and values: fp8 or i8
+  bool token_scales = false;    ///< with codes; always with i8
   bool fp8_queries = false;     ///< with fp8 keys and values
   bool share_prefixes = false;  ///< paged: some requests begin with the same blocks
 };
@@ -46,15 +47,18 @@ struct VarlenProblem {
   Storage q, k, v, out, lse;
   HeadValues head_values;
   Storage q_descale, k_descale, v_descale;  ///< of fp8 problems, each or none
+  Storage k_token_scale, v_token_scale;
   Storage query_start_loc, cu_seqlens_kv, seq_lens, block_table;
   AttentionParams params;
 
  private:
-  DType kv_dtype() const noexcept { return options.fp8.value_or(shape.dtype); }
+  DType kv_dtype() const noexcept { return options.codes.value_or(shape.dtype); }
   void make_descales(Rng& rng);
   void make_ragged(Rng& rng);
   void make_paged(Rng& rng);
-  void fill_row(Rng& rng, std::initializer_list<std::int64_t> index);
+  /// `row`: of k and v, [token or (block, offset), head, 0].
+  void fill_row(Rng& rng, std::initializer_list<std::int64_t> row);
+  void make_token_scales(Rng& rng, const std::vector<std::int64_t>& rows, const Layout& layout);
 };
 
 }  // namespace attend::conformance

@@ -24,10 +24,34 @@ void check_side_inputs(const FlashAttnVarlenArgs& a) {
                                 {"q_descale", a.q_descale},
                                 {"k_descale", a.k_descale},
                                 {"v_descale", a.v_descale},
+                                {"k_token_scale", a.k_token_scale},
+                                {"v_token_scale", a.v_token_scale},
                                 {"seq_lens", a.seq_lens}}) {
     if (!t.defined()) continue;
     check::no_overlap({kOp, "out"}, a.out, name, t);
     if (a.lse.defined()) check::no_overlap({kOp, "lse"}, a.lse, name, t);
+  }
+}
+
+/// @pre k and v have been checked.
+void check_token_scales(const FlashAttnVarlenArgs& a) {
+  for (const auto& [name, t] :
+       {std::pair{"k_token_scale", a.k_token_scale}, {"v_token_scale", a.v_token_scale}}) {
+    const check::Where where{kOp, name};
+    const bool codes = a.k.dtype == DType::i8 || is_fp8(a.k.dtype);
+    check::require(!t.defined() || codes, where, "undefined: k and v are not codes", "a tensor");
+    const bool wanted = a.k.dtype == DType::i8 || a.k_token_scale.defined();
+    check::require(t.defined() == wanted, where,
+                   wanted ? "f32, the shape of k without its last dimension"
+                          : "undefined, as k_token_scale is",
+                   wanted ? "an undefined tensor" : "a tensor");
+    if (!wanted) continue;
+    check::tensor(where, t, a.k.rank - 1, {DType::f32});
+    if (is_paged(a)) {
+      check::shape(where, t, {a.k.shape[0], a.k.shape[1], a.k.shape[2]});
+    } else {
+      check::shape(where, t, {a.k.shape[0], a.k.shape[1]});
+    }
   }
 }
 
@@ -36,9 +60,12 @@ void check_tensors(const FlashAttnVarlenArgs& a) {
   const ops::KvTensors kv{"k", "v", a.k, a.v, is_paged(a)};
   if (is_fp8(a.k.dtype)) {
     ops::check_qkv_fp8(kOp, a.q, kv, a.out, 3);
+  } else if (a.k.dtype == DType::i8) {
+    ops::check_qkv_int8(kOp, a.q, kv, a.out, 3);
   } else {
     ops::check_qkv(kOp, a.q, kv, a.out, 3);
   }
+  check_token_scales(a);
   if (is_paged(a)) ops::check_block_size(kOp, "k", a.k);
   if (a.lse.defined()) {
     check::tensor({kOp, "lse"}, a.lse, 2, {DType::f32});
@@ -82,6 +109,13 @@ void check_ragged(const FlashAttnVarlenArgs& a, const AttentionPlan& plan) {
       starts.back());
 }
 
+/// Strides of a cache [blocks, tokens, Hkv, ..], or of ragged rows [S, Hkv, ..].
+cpu::KvStrides kv_strides(const ConstTensorView& t, bool paged) {
+  if (!t.defined()) return {};
+  return paged ? cpu::KvStrides{t.strides[0], t.strides[1], t.strides[2]}
+               : cpu::KvStrides{0, t.strides[0], t.strides[1]};
+}
+
 cpu::AttentionProblem make_problem(const FlashAttnVarlenArgs& a, const AttentionPlan& plan) {
   cpu::AttentionProblem p = ops::base_problem(a.params, plan, a.q.dtype);
   p.k_dtype = p.v_dtype = a.k.dtype;
@@ -103,14 +137,16 @@ cpu::AttentionProblem make_problem(const FlashAttnVarlenArgs& a, const Attention
     p.block_table = a.block_table.as<std::int32_t>();
     p.block_table_stride = a.block_table.strides[0];
     p.block_size = static_cast<int>(a.k.shape[1]);
-    p.k_strides = {a.k.strides[0], a.k.strides[1], a.k.strides[2]};
-    p.v_strides = {a.v.strides[0], a.v.strides[1], a.v.strides[2]};
   } else {
     p.kv_start =
         a.cu_seqlens_kv.defined() ? a.cu_seqlens_kv.as<std::int32_t>() : plan.key_start_loc.data();
-    p.k_strides = {0, a.k.strides[0], a.k.strides[1]};
-    p.v_strides = {0, a.v.strides[0], a.v.strides[1]};
   }
+  p.k_strides = kv_strides(a.k, is_paged(a));
+  p.v_strides = kv_strides(a.v, is_paged(a));
+  p.k_scale = a.k_token_scale.as<float>();
+  p.v_scale = a.v_token_scale.as<float>();
+  p.k_scale_strides = kv_strides(a.k_token_scale, is_paged(a));
+  p.v_scale_strides = kv_strides(a.v_token_scale, is_paged(a));
   return p;
 }
 

@@ -94,6 +94,16 @@ void check_qkv_fp8(std::string_view op, const ConstTensorView& q, const KvTensor
   check_qkv_shapes(op, q, kv, out, q_rank);
 }
 
+void check_qkv_int8(std::string_view op, const ConstTensorView& q, const KvTensors& kv,
+                    const ConstTensorView& out, int q_rank) {
+  const int kv_rank = kv.four_dims ? 4 : 3;
+  check::tensor({op, "q"}, q, q_rank, {DType::f32, DType::f16, DType::bf16});
+  check::tensor({op, kv.k_name}, kv.k, kv_rank, {DType::i8});
+  check::tensor({op, kv.v_name}, kv.v, kv_rank, {DType::i8});
+  check::tensor({op, "out"}, out, q_rank, {q.dtype});
+  check_qkv_shapes(op, q, kv, out, q_rank);
+}
+
 void check_descale(std::string_view op, std::string_view argument, const ConstTensorView& descale,
                    bool allowed, std::int64_t num_reqs, std::int64_t num_kv_heads) {
   if (!descale.defined()) return;

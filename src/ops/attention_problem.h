@@ -30,6 +30,10 @@ void check_qkv_shapes(std::string_view op, const ConstTensorView& q, const KvTen
 void check_qkv_fp8(std::string_view op, const ConstTensorView& q, const KvTensors& kv,
                    const ConstTensorView& out, int q_rank);
 
+/// The same for int8 keys and values: q and out any float type that is computed in.
+void check_qkv_int8(std::string_view op, const ConstTensorView& q, const KvTensors& kv,
+                    const ConstTensorView& out, int q_rank);
+
 /// Checks a descale tensor, if it is defined; `allowed`: the tensor that it scales is fp8.
 void check_descale(std::string_view op, std::string_view argument, const ConstTensorView& descale,
                    bool allowed, std::int64_t num_reqs, std::int64_t num_kv_heads);

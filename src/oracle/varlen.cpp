@@ -10,10 +10,17 @@ std::int64_t num_keys(const FlashAttnVarlenArgs& a, std::int64_t request) {
   return int_at(a.cu_seqlens_kv, {request + 1}) - int_at(a.cu_seqlens_kv, {request});
 }
 
+/// Keys or values as they lie in memory.
+struct Stored {
+  const ConstTensorView &codes, &descale, &token_scale;
+};
+
 /// Rows of one request and kv head of k or v that a query may see.
-Rows read_rows(const FlashAttnVarlenArgs& a, const ConstTensorView& t,
-               const ConstTensorView& scales, std::int64_t request, std::int64_t kv_head) {
-  const double factor = descale(scales, request, kv_head);
+Rows read_rows(const FlashAttnVarlenArgs& a, const Stored& stored, std::int64_t request,
+               std::int64_t kv_head) {
+  const ConstTensorView& t = stored.codes;
+  const ConstTensorView& scales = stored.token_scale;
+  const double factor = descale(stored.descale, request, kv_head);
   Rows rows;
   rows.dim = static_cast<int>(t.shape[t.rank - 1]);
   const std::int64_t n = num_keys(a, request);
@@ -25,9 +32,12 @@ Rows read_rows(const FlashAttnVarlenArgs& a, const ConstTensorView& t,
     if (a.block_table.defined()) {
       const std::int64_t block_size = t.shape[1];
       const std::int64_t block = int_at(a.block_table, {request, j / block_size});
-      rows.append(t, offset_of(t, {block, j % block_size, kv_head}), factor);
+      const double own = scales.defined() ? at(scales, {block, j % block_size, kv_head}) : 1.0;
+      rows.append(t, offset_of(t, {block, j % block_size, kv_head}), own * factor);
     } else {
-      rows.append(t, offset_of(t, {int_at(a.cu_seqlens_kv, {request}) + j, kv_head}), factor);
+      const std::int64_t row = int_at(a.cu_seqlens_kv, {request}) + j;
+      const double own = scales.defined() ? at(scales, {row, kv_head}) : 1.0;
+      rows.append(t, offset_of(t, {row, kv_head}), own * factor);
     }
   }
   return rows;
@@ -54,8 +64,8 @@ Result flash_attn_varlen(const FlashAttnVarlenArgs& a) {
     if (query_len == 0) continue;
     RowProblem p = row_problem(a.params, dim, dim_v, num_keys(a, request));
     for (std::int64_t kv_head = 0; kv_head < kv_heads; ++kv_head) {
-      const Rows k = read_rows(a, a.k, a.k_descale, request, kv_head);
-      const Rows v = read_rows(a, a.v, a.v_descale, request, kv_head);
+      const Rows k = read_rows(a, {a.k, a.k_descale, a.k_token_scale}, request, kv_head);
+      const Rows v = read_rows(a, {a.v, a.v_descale, a.v_token_scale}, request, kv_head);
       for (std::int64_t n = 0; n < query_len * group_size; ++n) {
         const std::int64_t i = n / group_size;
         const std::int64_t head = kv_head * group_size + n % group_size;

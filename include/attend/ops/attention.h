@@ -38,8 +38,9 @@ struct AttentionParams {
 
 /// Arguments of flash_attn_varlen. B requests, T query tokens, Hq/Hkv heads, D/Dv head sizes.
 /// dtype of q, k, v, out: all f32, all f16 or all bf16. Or k and v both fp8_e4m3 or both fp8_e5m2:
-/// then q is any of the five and out f32, f16 or bf16 (that of q, unless q is fp8). Last dimension
-/// of each: stride 1.
+/// then q is any of the five and out f32, f16 or bf16 (that of q, unless q is fp8). Or k and v both
+/// i8 with token scales, then q and out are f32, f16 or bf16, alike. Last dimension of each:
+/// stride 1.
 struct FlashAttnVarlenArgs {
   ConstTensorView q;  ///< [T, Hq, D]
   /// Ragged: [S, Hkv, D]. Paged (block_table defined): [num_blocks, block_size, Hkv, D], block_size
@@ -58,6 +59,10 @@ struct FlashAttnVarlenArgs {
   /// for q by the kv head of its group. Undefined = 1. q_descale only with fp8 q, the others only
   /// with fp8 k and v.
   ConstTensorView q_descale, k_descale, v_descale;
+  /// Scales of single keys and values: f32, the shape of k without its last dimension, any strides;
+  /// real value = stored value * scale. Both with i8 k and v; with fp8 ones both or neither,
+  /// besides the descales; else undefined. A NaN makes the rows NaN that see that key.
+  ConstTensorView k_token_scale, v_token_scale;
   AttentionParams params;
 };
 
