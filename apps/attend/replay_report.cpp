@@ -57,6 +57,9 @@ nlohmann::ordered_json to_json(const ReplayReport& report) {
   j["kv_cache"] = {{"num_blocks", r.num_blocks},
                    {"block_size", r.block_size},
                    {"peak_used_blocks", r.peak_used_blocks}};
+  j["encoder_tokens"] = r.counters.encoder_tokens;
+  j["encoder_cache"] = {{"num_blocks", r.num_encoder_blocks},
+                        {"peak_used_blocks", r.peak_used_encoder_blocks}};
   j["check"] = {{"rows", r.check.rows},
                 {"failed", r.check.failed},
                 {"worst_error", r.check.worst_error},
@@ -105,6 +108,13 @@ void print_table(const ReplayReport& report, std::FILE* out) {
                r.peak_used_blocks, r.num_blocks, r.block_size,
                100.0 * static_cast<double>(r.peak_used_blocks) / static_cast<double>(r.num_blocks),
                to_string(r.kv_layout));
+    if (r.num_encoder_blocks > 0) {
+      fmt::print(out, "{:<18}{} tokens computed; at most {} of {} blocks used ({:.0f} %)\n",
+                 "encoder", r.counters.encoder_tokens, r.peak_used_encoder_blocks,
+                 r.num_encoder_blocks,
+                 100.0 * static_cast<double>(r.peak_used_encoder_blocks) /
+                     static_cast<double>(r.num_encoder_blocks));
+    }
     fmt::print(out, "{:<18}{} tokens, {:.1f} % of the prompts\n", "prefix hits",
                r.counters.prefix_hit_tokens,
                100.0 * static_cast<double>(r.counters.prefix_hit_tokens) /

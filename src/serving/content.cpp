@@ -10,10 +10,12 @@ namespace attend::serving {
 namespace {
 
 constexpr std::uint64_t kGolden = 0x9e3779b97f4a7c15ULL;
-// Keep request ids and segment ids apart, which both count from 0, and drafts from either.
+// Keep request ids and segment ids apart, which both count from 0, and drafts and encoder tokens
+// from either.
 constexpr std::uint64_t kRequestDomain = 0x5265717565737400ULL;
 constexpr std::uint64_t kSegmentDomain = 0x5365676d656e7400ULL;
 constexpr std::uint64_t kDraftDomain = 0x4472616674730000ULL;
+constexpr std::uint64_t kEncoderDomain = 0x456e636f64657200ULL;
 
 constexpr int kTableBits = 12;
 constexpr std::uint64_t kTableSize = 1ULL << kTableBits;
@@ -52,6 +54,10 @@ std::uint64_t content_id(const Request& request, std::int64_t position) noexcept
 std::uint64_t draft_content_id(const Request& request, std::int64_t first_rejected) noexcept {
   return mix64(kDraftDomain +
                mix64(own_content_id(request) + static_cast<std::uint64_t>(first_rejected)));
+}
+
+std::uint64_t encoder_content_id(const Request& request) noexcept {
+  return mix64(kEncoderDomain + mix64(own_content_id(request)));
 }
 
 std::uint64_t block_hash(std::uint64_t parent, const Request& request, std::int64_t begin,

@@ -24,6 +24,8 @@ std::uint64_t content_id(const Request& request, std::int64_t position) noexcept
 /// Identity of the rejected drafts of the step in which `first_rejected` is the position of the
 /// first of them: nobody's tokens. A position is the first rejected one at most once in a request.
 std::uint64_t draft_content_id(const Request& request, std::int64_t first_rejected) noexcept;
+/// Identity of a request's encoder tokens: nobody else has them.
+std::uint64_t encoder_content_id(const Request& request) noexcept;
 /// Chained hash of the contents of tokens [begin, end) that follow the block hashed as `parent`.
 /// Blocks with equal hashes hold equal keys and values.
 std::uint64_t block_hash(std::uint64_t parent, const Request& request, std::int64_t begin,

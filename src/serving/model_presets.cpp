@@ -81,6 +81,16 @@ constexpr std::array kPresets = {
                 .head_dim = 64,
                 .num_layers = 12,
                 .attn_type = AttentionType::encoder_only},
+    ModelPreset{.name = "whisper-large-v3",
+                .description =
+                    "Whisper large v3: an encoder over 1500 tokens a request, whose output "
+                    "the decoder attends to",
+                .num_q_heads = 20,
+                .num_kv_heads = 20,
+                .head_dim = 64,
+                .num_layers = 32,
+                .dtype = DType::f16,
+                .encoder_tokens = 1500},
 };
 
 }  // namespace

@@ -29,9 +29,18 @@ struct ModelPreset {
   bool alibi_sqrt = false;         ///< as AttentionParams::alibi_sqrt; only with `alibi`
   bool sinks = false;              ///< logits: sink_logits(num_q_heads)
   AttentionType attn_type = AttentionType::decoder;
+  /// > 0: an encoder stands before the decoder. Every request has so many encoder tokens, and for
+  /// each layer of the decoder there is one of encoder attention among them and one of cross
+  /// attention to them.
+  int encoder_tokens = 0;
 
   bool is_encoder() const noexcept { return attn_type == AttentionType::encoder_only; }
-  /// Window of one layer; unset = all keys.
+  bool has_cross_attention() const noexcept { return encoder_tokens > 0; }
+  /// Caches of a run of `layers` decoder layers.
+  int num_caches(int layers) const noexcept {
+    return is_encoder() ? 0 : has_cross_attention() ? 2 * layers : layers;
+  }
+  /// Window of one decoder layer; unset = all keys.
   std::optional<int> window_of(int layer) const noexcept {
     return layer % window_period < windowed_layers_of_one ? sliding_window : std::nullopt;
   }

@@ -10,6 +10,7 @@
 
 #include "attend/backend/selector.h"
 #include "serving/kv_memory.h"
+#include "serving/layer_group.h"
 #include "serving/step.h"
 
 namespace attend::serving {
@@ -23,13 +24,15 @@ double seconds_since(Clock::time_point start) {
   return std::chrono::duration<double>(Clock::now() - start).count();
 }
 
-/// Layers that share a window and therefore a builder, an impl and the metadata of a step.
-struct LayerGroup {
-  std::optional<int> window;
-  std::vector<int> layers;
-  std::unique_ptr<MetadataBuilder> builder;
-  std::unique_ptr<Impl> impl;
-  std::unique_ptr<Metadata> metadata;  // of the current step
+/// Everything that a step's layers are called with, by kind.
+struct StepInput {
+  const RequestBatch* batch = nullptr;
+  std::vector<StepToken> tokens;
+  StepMetadata metadata;
+  // Of models with cross attention; the encoder's is empty in steps without a new request.
+  RequestBatch encoder_batch;
+  std::vector<StepToken> encoder_tokens;
+  StepMetadata encoder_metadata, cross_metadata;
 };
 
 class Engine {
@@ -39,13 +42,17 @@ class Engine {
 
  private:
   void choose_blocks();
-  void make_groups();
+  std::int64_t choose_number(std::string_view option, std::optional<std::int64_t> asked,
+                             std::int64_t fallback) const;
+  StepInput make_input(const RequestBatch& batch);
+  void build_metadata(const StepInput& input);
   bool admit_arrivals();
   void run_step();
-  double run_layer(const LayerGroup& group, int layer, const std::vector<StepToken>& tokens);
-  void sample_rows(int layer, const std::vector<StepToken>& tokens);
+  double run_layer(const LayerGroup& group, int layer, const StepInput& input);
+  void sample_rows(const LayerGroup& group, int layer, const std::vector<StepToken>& tokens);
   void report_progress() const;
   KvCacheSpec cache_spec() const;
+  KvCacheSpec encoder_cache_spec() const;
 
   const Trace& trace_;
   const ReplayConfig& config_;
@@ -57,8 +64,8 @@ class Engine {
   StepTensors tensors_;
   ReservoirSampler sampler_;
   ReplayResult result_;
-  std::optional<BlockPool> pool_;
-  KvMemory memory_;
+  std::optional<BlockPool> pool_, encoder_pool_;
+  KvMemory memory_, encoder_memory_;
   std::vector<LayerGroup> groups_;
   std::optional<Scheduler> scheduler_;
   Buffer workspace_;
@@ -68,16 +75,28 @@ class Engine {
   Clock::time_point start_;
 };
 
-AttentionConfig attention_config(const ReplayConfig& config, DType dtype) {
+AttentionConfig attention_config(const ReplayConfig& config, DType dtype, AttentionType type) {
   AttentionConfig a;
   a.head_size = config.model->head_dim;
   a.dtype = dtype;
-  a.kv_cache_dtype = config.kv_cache_dtype;
+  // The encoder of a model with cross attention has no cache of its own.
+  if (type != AttentionType::encoder) a.kv_cache_dtype = config.kv_cache_dtype;
   a.block_size = config.block_size;
-  a.attn_type = config.model->attn_type;
+  a.attn_type = type;
   a.has_sink = config.model->sinks;
   a.use_alibi_sqrt = config.model->alibi_sqrt;
   return a;
+}
+
+/// The back end of the decoder, which must serve the model's other kinds of attention too.
+const Backend& choose_backend(const ReplayConfig& config, DType dtype) {
+  const ModelPreset& model = *config.model;
+  const Backend& backend =
+      require_backend(attention_config(config, dtype, model.attn_type), config.backend);
+  for (const AttentionType type : attention_types(model)) {
+    require_backend(attention_config(config, dtype, type), backend.name());
+  }
+  return backend;
 }
 
 void check_config(const ReplayConfig& config) {
@@ -97,6 +116,12 @@ void check_config(const ReplayConfig& config) {
   }
   if (config.block_size) require("block-size", *config.block_size >= 1, ">= 1", *config.block_size);
   if (config.num_blocks) require("num-blocks", *config.num_blocks >= 1, ">= 1", *config.num_blocks);
+  if (config.num_encoder_blocks) {
+    require("num-encoder-blocks", *config.num_encoder_blocks >= 1, ">= 1",
+            *config.num_encoder_blocks);
+    require("num-encoder-blocks", config.model->has_cross_attention(),
+            "a model with cross attention", *config.num_encoder_blocks);
+  }
 }
 
 Engine::Engine(const Trace& trace, const ReplayConfig& config)
@@ -105,7 +130,7 @@ Engine::Engine(const Trace& trace, const ReplayConfig& config)
       model_(*config.model),
       executor_(config.executor != nullptr ? *config.executor : default_executor()),
       dtype_(config.dtype.value_or(model_.dtype)),
-      backend_(require_backend(attention_config(config, dtype_), config.backend)),
+      backend_(choose_backend(config, dtype_)),
       generator_(config.seed, dtype_),
       tensors_(model_, dtype_),
       sampler_(config.check_rows, config.seed) {
@@ -117,19 +142,32 @@ Engine::Engine(const Trace& trace, const ReplayConfig& config)
     total_kv_tokens_ += model_.is_encoder() ? r.prompt_tokens : r.kv_tokens();
   }
   if (!model_.is_encoder()) choose_blocks();
-  make_groups();
+  groups_ = make_layer_groups({.model = model_,
+                               .backend = backend_,
+                               .num_layers = config.num_layers,
+                               .dtype = dtype_,
+                               .kv_cache_dtype = config.kv_cache_dtype,
+                               .cache = cache_spec(),
+                               .encoder_cache = encoder_cache_spec(),
+                               .num_workers = executor_.num_workers(),
+                               .num_speculative_tokens = config.num_speculative_tokens});
   SchedulerConfig s;
   s.max_num_batched_tokens = config.max_num_batched_tokens;
   s.max_num_seqs = config.max_num_seqs;
-  s.decode_threshold = groups_.front().builder->reorder_batch_threshold().value_or(1);
+  s.decode_threshold = groups_.back().builder->reorder_batch_threshold().value_or(1);
+  s.encoder_tokens = model_.encoder_tokens;
   s.num_speculative_tokens = config.num_speculative_tokens;
   s.acceptance = config.acceptance;
   s.seed = config.seed;
   if (pool_) s.block_size = result_.block_size;
-  scheduler_.emplace(s, pool_ ? &*pool_ : nullptr);
+  scheduler_.emplace(s, pool_ ? &*pool_ : nullptr, encoder_pool_ ? &*encoder_pool_ : nullptr);
   for (const Request& r : trace.requests) scheduler_->require_fits(r);
   if (pool_) {
     memory_ = KvMemory(backend_, cache_spec(), config.num_layers, result_.kv_layout, executor_);
+  }
+  if (encoder_pool_) {
+    encoder_memory_ =
+        KvMemory(backend_, encoder_cache_spec(), config.num_layers, result_.kv_layout, executor_);
   }
 }
 
@@ -142,6 +180,12 @@ KvCacheSpec Engine::cache_spec() const {
   spec.dtype = config_.kv_cache_dtype == "auto"
                    ? dtype_
                    : parse_dtype(config_.kv_cache_dtype).value_or(dtype_);
+  return spec;
+}
+
+KvCacheSpec Engine::encoder_cache_spec() const {
+  KvCacheSpec spec = cache_spec();
+  spec.num_blocks = result_.num_encoder_blocks;
   return spec;
 }
 
@@ -158,62 +202,33 @@ void Engine::choose_blocks() {
   KvCacheSpec one = cache_spec();
   one.num_blocks = 1;
   result_.block_bytes = cache_bytes(backend_.kv_cache_shape(one), one.dtype);
-  if (config_.num_blocks) {
-    const std::int64_t most = available_memory_bytes() / (result_.block_bytes * config_.num_layers);
-    if (*config_.num_blocks > most) {
-      throw InvalidArgument(
-          "replay", "num-blocks",
-          fmt::format("at most {}, which fit the available memory ({} layers of {} bytes a block)",
-                      most, config_.num_layers, result_.block_bytes),
-          std::to_string(*config_.num_blocks));
-    }
-    result_.num_blocks = *config_.num_blocks;
-  } else {
-    result_.num_blocks =
-        default_num_blocks(trace_, result_.block_size, result_.block_bytes, config_.num_layers);
-  }
+  result_.num_blocks = choose_number(
+      "num-blocks", config_.num_blocks,
+      default_num_blocks(trace_, result_.block_size, result_.block_bytes, config_.num_layers));
   pool_.emplace(result_.num_blocks);
+  if (!model_.has_cross_attention()) return;
+  const std::int64_t each = ceil_div(model_.encoder_tokens, result_.block_size);
+  const std::int64_t wanted = each * std::min<std::int64_t>(result_.requests, config_.max_num_seqs);
+  const std::int64_t affordable =
+      available_memory_bytes() / 4 / (result_.block_bytes * config_.num_layers);
+  result_.num_encoder_blocks = choose_number("num-encoder-blocks", config_.num_encoder_blocks,
+                                             std::min(wanted, std::max(affordable, each)));
+  encoder_pool_.emplace(result_.num_encoder_blocks);
 }
 
-void Engine::make_groups() {
-  for (int layer = 0; layer < config_.num_layers; ++layer) {
-    const auto window = model_.window_of(layer);
-    auto group = std::find_if(groups_.begin(), groups_.end(),
-                              [&](const LayerGroup& g) { return g.window == window; });
-    if (group == groups_.end()) {
-      group = groups_.insert(groups_.end(), LayerGroup{});
-      group->window = window;
-    }
-    group->layers.push_back(layer);
+/// A number of blocks, if the user gave one, that the memory has room for.
+std::int64_t Engine::choose_number(std::string_view option, std::optional<std::int64_t> asked,
+                                   std::int64_t fallback) const {
+  if (!asked) return fallback;
+  const std::int64_t most = available_memory_bytes() / (result_.block_bytes * config_.num_layers);
+  if (*asked > most) {
+    throw InvalidArgument(
+        "replay", option,
+        fmt::format("at most {}, which fit the available memory ({} layers of {} bytes a block)",
+                    most, config_.num_layers, result_.block_bytes),
+        std::to_string(*asked));
   }
-  for (LayerGroup& group : groups_) {
-    BuilderConfig b;
-    b.num_q_heads = model_.num_q_heads;
-    b.cache = cache_spec();
-    if (group.window) {
-      b.window_left = *group.window - 1;
-      b.window_right = model_.is_encoder() ? *group.window - 1 : 0;
-    }
-    b.num_workers = executor_.num_workers();
-    b.num_speculative_tokens = config_.num_speculative_tokens;
-    b.attn_type = model_.attn_type;
-    group.builder = backend_.make_builder(b);
-
-    ImplConfig i;
-    i.num_q_heads = model_.num_q_heads;
-    i.num_kv_heads = model_.num_kv_heads;
-    i.head_size = model_.head_dim;
-    i.scale = model_.scale;
-    i.softcap = model_.softcap;
-    i.sliding_window = group.window;
-    if (model_.alibi) i.alibi_slopes = alibi_slopes(model_.num_q_heads);
-    i.use_alibi_sqrt = model_.alibi_sqrt;
-    if (model_.sinks) i.sinks = sink_logits(model_.num_q_heads);
-    i.attn_type = model_.attn_type;
-    i.dtype = dtype_;
-    i.kv_cache_dtype = config_.kv_cache_dtype;
-    group.impl = backend_.make_impl(i);
-  }
+  return *asked;
 }
 
 /// Queues what has arrived, waiting for the next arrival if there is nothing else to do. False when
@@ -239,30 +254,58 @@ ReplayResult Engine::run() {
   }
   result_.counters = scheduler_->counters();
   if (pool_) result_.peak_used_blocks = pool_->peak_used();
+  if (encoder_pool_) result_.peak_used_encoder_blocks = encoder_pool_->peak_used();
   result_.check = check_rows(sampled_, model_, generator_, cache_spec().dtype, executor_);
   return std::move(result_);
+}
+
+StepInput Engine::make_input(const RequestBatch& batch) {
+  StepInput input;
+  input.batch = &batch;
+  input.metadata = make_step_metadata(batch, result_.block_size);
+  if (config_.fault_injection) config_.fault_injection(input.metadata.common);
+  if (!model_.has_cross_attention()) return input;
+  input.encoder_batch = make_encoder_batch(batch, model_.encoder_tokens);
+  input.encoder_metadata = make_step_metadata(input.encoder_batch, 0);
+  input.cross_metadata =
+      make_cross_metadata(input.metadata, batch, model_.encoder_tokens, result_.block_size);
+  if (config_.fault_injection) config_.fault_injection(input.cross_metadata.common);
+  return input;
+}
+
+void Engine::build_metadata(const StepInput& input) {
+  std::size_t workspace_bytes = 0;
+  for (LayerGroup& group : groups_) {
+    const bool encoder = group.kind.type == AttentionType::encoder;
+    const bool cross = group.kind.type == AttentionType::encoder_decoder;
+    group.metadata.reset();
+    if (encoder && input.encoder_batch.requests.empty()) continue;
+    const StepMetadata& m = encoder ? input.encoder_metadata
+                            : cross ? input.cross_metadata
+                                    : input.metadata;
+    group.metadata = group.builder->build(0, m.common);
+    workspace_bytes = std::max(workspace_bytes, group.metadata->workspace_bytes());
+  }
+  workspace_.reserve(workspace_bytes);
 }
 
 void Engine::run_step() {
   const auto begin = Clock::now();
   const RequestBatch& batch = scheduler_->schedule();
-  StepMetadata step = make_step_metadata(batch, result_.block_size);
-  if (config_.fault_injection) config_.fault_injection(step.common);
-  std::size_t workspace_bytes = 0;
-  for (LayerGroup& group : groups_) {
-    group.metadata = group.builder->build(0, step.common);
-    workspace_bytes = std::max(workspace_bytes, group.metadata->workspace_bytes());
-  }
-  workspace_.reserve(workspace_bytes);
+  StepInput input = make_input(batch);
+  build_metadata(input);
   StepRecord record;
   record.seconds = seconds_since(begin);
 
-  const auto tokens = make_step_tokens(batch);
-  tensors_.resize(batch.num_tokens);
+  input.tokens = make_step_tokens(batch);
+  input.encoder_tokens = make_encoder_tokens(input.encoder_batch);
   const DType kv_dtype = cache_spec().dtype;
   for (const LayerGroup& group : groups_) {
-    for (const int layer : group.layers) record.forward_seconds += run_layer(group, layer, tokens);
-    const StepWork work = measure_work(batch, model_, kv_dtype, group.window);
+    if (group.metadata == nullptr) continue;
+    for (const int layer : group.layers) record.forward_seconds += run_layer(group, layer, input);
+    const bool encoder = group.kind.type == AttentionType::encoder;
+    const StepWork work =
+        measure_work(encoder ? input.encoder_batch : batch, model_, kv_dtype, group.kind);
     const auto layers = static_cast<double>(group.layers.size());
     record.prefill_flops += work.prefill_flops * layers;
     record.decode_bytes += work.decode_bytes * layers;
@@ -272,14 +315,25 @@ void Engine::run_step() {
   scheduler_->complete_step();
 }
 
-double Engine::run_layer(const LayerGroup& group, int layer, const std::vector<StepToken>& tokens) {
-  tensors_.fill(tokens, layer, generator_, executor_);
-  if (config_.on_values) config_.on_values(layer, tensors_.value());
+double Engine::run_layer(const LayerGroup& group, int layer, const StepInput& input) {
+  const bool encoder = group.kind.type == AttentionType::encoder;
+  const bool cross = group.kind.type == AttentionType::encoder_decoder;
+  const auto& queries = encoder ? input.encoder_tokens : input.tokens;
+  const auto& keys = encoder || cross ? input.encoder_tokens : input.tokens;
+  tensors_.fill(queries, keys, layer, generator_, executor_);
   ForwardArgs args;
   args.query = tensors_.query();
-  args.key = tensors_.key();
-  args.value = tensors_.value();
-  args.kv_cache = memory_.layer(layer);
+  if (!keys.empty()) {  // cross attention: later steps find them in the cache
+    args.key = tensors_.key();
+    args.value = tensors_.value();
+  }
+  if (!encoder) {
+    args.kv_cache =
+        cross ? encoder_memory_.layer(layer - config_.num_layers) : memory_.layer(layer);
+  }
+  if (config_.on_values && args.kv_cache.defined() && args.value.defined()) {
+    config_.on_values(layer, args.value);
+  }
   args.output = tensors_.output();
   args.lse = tensors_.lse();
   args.workspace = workspace_.workspace();
@@ -287,12 +341,13 @@ double Engine::run_layer(const LayerGroup& group, int layer, const std::vector<S
   const auto begin = Clock::now();
   group.impl->forward(args, group.metadata.get());
   const double seconds = seconds_since(begin);
-  sample_rows(layer, tokens);
+  sample_rows(group, layer, queries);
   return seconds;
 }
 
-void Engine::sample_rows(int layer, const std::vector<StepToken>& tokens) {
+void Engine::sample_rows(const LayerGroup& group, int layer, const std::vector<StepToken>& tokens) {
   const int heads = model_.num_q_heads;
+  const bool cross = group.kind.type == AttentionType::encoder_decoder;
   sampler_.pass(static_cast<std::int64_t>(tokens.size()) * heads,
                 [&](std::int64_t item, std::int64_t slot) {
                   const auto token = static_cast<int>(item / heads);
@@ -303,10 +358,11 @@ void Engine::sample_rows(int layer, const std::vector<StepToken>& tokens) {
                       .request = t.request,
                       .step = static_cast<std::int64_t>(result_.steps.size()),
                       .position = t.position,
-                      .num_keys = t.num_keys,
+                      .num_keys = cross ? model_.encoder_tokens : t.num_keys,
                       .first_rejected = t.first_rejected,
                       .layer = layer,
                       .head = head,
+                      .type = group.kind.type,
                       .out = tensors_.output_row(token, head),
                       .lse = tensors_.lse_value(token, head)};
                 });

@@ -33,6 +33,9 @@ struct ReplayConfig {
   std::optional<KvLayout> kv_layout;       ///< unset = what the back end insists on, else HND
   std::optional<int> block_size;           ///< unset = 16, or what the back end supports
   std::optional<std::int64_t> num_blocks;  ///< unset = default_num_blocks()
+  /// Blocks for keys of encoders, with cross attention only; unset = enough for all requests that
+  /// run at the same time, or as many as fit a quarter of the available memory.
+  std::optional<std::int64_t> num_encoder_blocks;
   int max_num_batched_tokens = 2048;
   int max_num_seqs = 256;
   /// Drafts that a decode verifies in one step, >= 0; encoders generate nothing and need 0.
@@ -43,11 +46,11 @@ struct ReplayConfig {
   bool realtime = false;         ///< requests arrive when the trace says, by the wall clock
   Executor* executor = nullptr;  ///< null = default_executor()
   std::function<void(const ReplayProgress&)> on_progress;  ///< after every step
-  /// Sees the values of each step and layer, [tokens of the step, num_kv_heads, head_dim], before
-  /// they are attended to: how static scales are calibrated.
+  /// Sees the values that a step brings to a layer with a cache (numbered as in LayerGroup), [rows,
+  /// num_kv_heads, head_dim], before they are attended to: how static scales are calibrated.
   std::function<void(int layer, const ConstTensorView& value)> on_values;
-  /// Sees each step's batch before it is used and may spoil it: how tests show that a wrong slot or
-  /// block is caught.
+  /// Sees each step's batch, and that of cross attention, before it is used and may spoil it: how
+  /// tests show that a wrong slot or block is caught.
   std::function<void(CommonMetadata&)> fault_injection;
 };
 
@@ -58,6 +61,8 @@ struct ReplayResult {
   std::int64_t num_blocks = 0;  ///< 0 without a cache
   int block_size = 0;
   std::int64_t peak_used_blocks = 0;
+  std::int64_t num_encoder_blocks = 0;  ///< 0 without cross attention
+  std::int64_t peak_used_encoder_blocks = 0;
   std::int64_t block_bytes = 0;  ///< of one block in one layer
   std::int64_t requests = 0;
   std::int64_t prompt_tokens = 0;

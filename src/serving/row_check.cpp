@@ -14,9 +14,21 @@
 namespace attend::serving {
 namespace {
 
-std::uint64_t token_content(const SampledRow& row, std::int64_t position) {
+/// Cross attention has queries of the decoder and keys of the encoder.
+bool has_encoder_keys(const SampledRow& row) {
+  return row.type == AttentionType::encoder || row.type == AttentionType::encoder_decoder;
+}
+
+std::uint64_t key_content(const SampledRow& row, std::int64_t position) {
+  if (has_encoder_keys(row)) return encoder_content_id(*row.request);
   return position < row.first_rejected ? content_id(*row.request, position)
                                        : draft_content_id(*row.request, row.first_rejected);
+}
+
+std::uint64_t query_content(const SampledRow& row) {
+  if (row.type == AttentionType::encoder) return encoder_content_id(*row.request);
+  return row.position < row.first_rejected ? own_content_id(*row.request)
+                                           : draft_content_id(*row.request, row.first_rejected);
 }
 
 /// One head's rows of a kind (keys or values), regenerated one position at a time.
@@ -33,7 +45,7 @@ class RegeneratedRows {
   double operator()(std::int64_t j, int d) {
     if (j != position_) {
       position_ = j;
-      generator_.fill_f32({token_content(row_, j), j, row_.layer, kv_head_, kind_},
+      generator_.fill_f32({key_content(row_, j), j, row_.layer, kv_head_, kind_},
                           static_cast<int>(values_.size()), values_.data());
     }
     return values_[static_cast<std::size_t>(d)];
@@ -57,11 +69,8 @@ double as_stored(double x, DType cache_dtype) {
 oracle::RowResult recompute(const SampledRow& row, const ModelPreset& model,
                             const ValueGenerator& generator, DType cache_dtype) {
   std::vector<float> query(static_cast<std::size_t>(model.head_dim));
-  const std::uint64_t content = row.position < row.first_rejected
-                                    ? own_content_id(*row.request)
-                                    : token_content(row, row.position);
-  generator.fill_f32({content, row.position, row.layer, row.head, ValueKind::query}, model.head_dim,
-                     query.data());
+  generator.fill_f32({query_content(row), row.position, row.layer, row.head, ValueKind::query},
+                     model.head_dim, query.data());
   const int kv_head = row.head / (model.num_q_heads / model.num_kv_heads);
   RegeneratedRows keys(row, kv_head, ValueKind::key, model.head_dim, generator);
   RegeneratedRows values(row, kv_head, ValueKind::value, model.head_dim, generator);
@@ -71,8 +80,9 @@ oracle::RowResult recompute(const SampledRow& row, const ModelPreset& model,
   p.position = row.position;
   p.num_keys = row.num_keys;
   p.scale = model.scale ? static_cast<double>(*model.scale) : 1.0 / std::sqrt(model.head_dim);
-  p.causal = !model.is_encoder();
-  if (const auto window = model.window_of(row.layer)) {
+  p.causal = row.type == AttentionType::decoder;
+  const auto window = row.type == model.attn_type ? model.window_of(row.layer) : std::nullopt;
+  if (window) {
     p.window_left = *window - 1;
     p.window_right = p.causal ? 0 : *window - 1;
   }
@@ -83,8 +93,10 @@ oracle::RowResult recompute(const SampledRow& row, const ModelPreset& model,
   }
   if (model.sinks) p.sink = sink_logits(model.num_q_heads)[static_cast<std::size_t>(row.head)];
   p.q = [&](int d) { return static_cast<double>(query[static_cast<std::size_t>(d)]); };
-  p.k = [&](std::int64_t j, int d) { return as_stored(keys(j, d), cache_dtype); };
-  p.v = [&](std::int64_t j, int d) { return as_stored(values(j, d), cache_dtype); };
+  // An encoder has no cache through which its keys would go.
+  const DType stored = row.type == AttentionType::encoder ? generator.dtype() : cache_dtype;
+  p.k = [&](std::int64_t j, int d) { return as_stored(keys(j, d), stored); };
+  p.v = [&](std::int64_t j, int d) { return as_stored(values(j, d), stored); };
   return oracle::attention_row(p);
 }
 

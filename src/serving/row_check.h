@@ -44,11 +44,12 @@ struct SampledRow {
   const Request* request = nullptr;
   std::int64_t step = 0;
   std::int64_t position = 0;
-  std::int64_t num_keys = 0;  ///< keys of the request in that step
+  std::int64_t num_keys = 0;  ///< keys of the request in that step, those that it attends to
   /// Keys from this position on are rejected drafts; num_keys if there are none.
   std::int64_t first_rejected = 0;
   int layer = 0;
   int head = 0;
+  AttentionType type = AttentionType::decoder;
   std::vector<float> out;  ///< [head_dim]
   float lse = 0.0F;
 };

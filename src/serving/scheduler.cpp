@@ -20,7 +20,8 @@ struct Scheduler::Sequence {
   int num_scheduled = 0;           // in the current step
   int num_drafts = 0, num_accepted = 0;
   bool admitted_before = false;
-  std::vector<std::int32_t> blocks;
+  bool encoder_done = false;  // the encoder's keys are in the cache
+  std::vector<std::int32_t> blocks, encoder_blocks;
   std::vector<std::uint64_t> hashes;  // of full blocks, as far as they were needed
 
   std::int64_t num_known() const { return request->prompt_tokens + num_generated; }
@@ -37,8 +38,8 @@ struct Scheduler::Sequence {
   }
 };
 
-Scheduler::Scheduler(const SchedulerConfig& config, BlockPool* pool)
-    : config_(config), pool_(pool) {
+Scheduler::Scheduler(const SchedulerConfig& config, BlockPool* pool, BlockPool* encoder_pool)
+    : config_(config), pool_(pool), encoder_pool_(encoder_pool) {
   const auto require_positive = [](std::string_view name, int value) {
     if (value < 1) throw InvalidArgument("scheduler", name, ">= 1", std::to_string(value));
   };
@@ -46,6 +47,7 @@ Scheduler::Scheduler(const SchedulerConfig& config, BlockPool* pool)
   require_positive("max_num_seqs", config.max_num_seqs);
   require_positive("block_size", config.block_size);
   require_positive("decode_threshold", config.decode_threshold);
+  if (encoder_pool != nullptr) require_positive("encoder_tokens", config.encoder_tokens);
   if (config.num_speculative_tokens < 0) {
     throw InvalidArgument("scheduler", "num_speculative_tokens", ">= 0",
                           std::to_string(config.num_speculative_tokens));
@@ -68,6 +70,13 @@ void Scheduler::require_fits(const Request& request) const {
                       fmt::format("request {} ({} tokens, the whole cache holds {})", request.id,
                                   request.kv_tokens(), pool_->num_blocks() * config_.block_size));
   }
+  if (encoder_pool_ != nullptr &&
+      blocks_for(config_.encoder_tokens) > encoder_pool_->num_blocks()) {
+    throw OutOfBlocks(
+        blocks_for(config_.encoder_tokens), encoder_pool_->num_blocks(),
+        fmt::format("the encoder of request {} ({} tokens, the whole cache holds {})", request.id,
+                    config_.encoder_tokens, encoder_pool_->num_blocks() * config_.block_size));
+  }
 }
 
 void Scheduler::add(const Request& request) {
@@ -81,7 +90,7 @@ const RequestBatch& Scheduler::schedule() {
   assert(scheduled_.empty());
   batch_ = {};
   budget_ = config_.max_num_batched_tokens;
-  preempted_ = false;
+  preempted_ = encoder_scheduled_ = false;
   continue_running(/*decodes=*/true);
   continue_running(/*decodes=*/false);
   // Admitting right after a preemption would only take the blocks that were just freed.
@@ -124,8 +133,7 @@ void Scheduler::extend_blocks(Sequence& seq, std::int64_t tokens) {
 void Scheduler::preempt_latest() {
   auto victim = std::move(running_.back());
   running_.pop_back();
-  pool_->release(victim->blocks);
-  victim->blocks.clear();
+  release_blocks(*victim);
   waiting_.push_front(std::move(victim));
   ++counters_.preemptions;
   preempted_ = true;
@@ -147,12 +155,14 @@ bool Scheduler::admit(Sequence& seq) {
     schedule_tokens(seq, tokens);
     return true;
   }
+  const auto budget = budget_after_encoder();
+  if (!budget) return false;
   // The last known token is always computed: the next one is generated from its output.
   const std::int64_t cacheable = (seq.num_known() - 1) / config_.block_size;
   const auto hits = pool_->find_prefix(seq.hashes_of(cacheable, config_.block_size));
   const auto num_hits = static_cast<std::int64_t>(hits.size());
   const std::int64_t hit_tokens = num_hits * config_.block_size;
-  const std::int64_t tokens = std::min(seq.num_known() - hit_tokens, budget_);
+  const std::int64_t tokens = std::min(seq.num_known() - hit_tokens, *budget);
   const auto revived = std::count_if(hits.begin(), hits.end(),
                                      [&](std::int32_t b) { return pool_->references(b) == 0; });
   if (blocks_for(hit_tokens + tokens) - num_hits > pool_->num_free() - revived) return false;
@@ -162,8 +172,24 @@ bool Scheduler::admit(Sequence& seq) {
   seq.num_computed = hit_tokens;
   if (!std::exchange(seq.admitted_before, true)) counters_.prefix_hit_tokens += hit_tokens;
   extend_blocks(seq, tokens);
+  budget_ = *budget;
+  if (encoder_pool_ != nullptr) {
+    for (std::int64_t b = blocks_for(config_.encoder_tokens); b > 0; --b) {
+      seq.encoder_blocks.push_back(encoder_pool_->allocate().value());
+    }
+    encoder_scheduled_ = true;
+  }
   schedule_tokens(seq, tokens);
   return true;
+}
+
+/// What an admission leaves of the budget for the decoder's tokens, at least one; nullopt if the
+/// step has no room for another encoder.
+std::optional<std::int64_t> Scheduler::budget_after_encoder() const {
+  if (encoder_pool_ == nullptr) return budget_;
+  if (blocks_for(config_.encoder_tokens) > encoder_pool_->num_free()) return std::nullopt;
+  if (encoder_scheduled_ && budget_ <= config_.encoder_tokens) return std::nullopt;
+  return std::max<std::int64_t>(1, budget_ - config_.encoder_tokens);
 }
 
 std::int64_t Scheduler::drafts_for(const Sequence& seq) const noexcept {
@@ -193,7 +219,9 @@ void Scheduler::schedule_tokens(Sequence& seq, std::int64_t tokens) {
                              .num_scheduled_tokens = seq.num_scheduled,
                              .blocks = seq.blocks,
                              .num_draft_tokens = seq.num_drafts,
-                             .num_accepted_tokens = seq.num_accepted});
+                             .num_accepted_tokens = seq.num_accepted,
+                             .encoder_blocks = seq.encoder_blocks,
+                             .new_encoder = encoder_pool_ != nullptr && !seq.encoder_done});
   scheduled_.push_back(&seq);
 }
 
@@ -221,6 +249,9 @@ void Scheduler::complete_step() {
     counters_.accepted_tokens += accepted;
     counters_.computed_tokens += seq->num_computed - before;
     if (pool_ != nullptr) publish_full_blocks(*seq, before);
+    if (encoder_pool_ != nullptr && !std::exchange(seq->encoder_done, true)) {
+      counters_.encoder_tokens += config_.encoder_tokens;
+    }
     if (seq->num_remaining() > 0) continue;
     const std::int64_t wanted = pool_ == nullptr ? 0 : seq->request->output_tokens;
     if (wanted > 0) {
@@ -232,6 +263,7 @@ void Scheduler::complete_step() {
 }
 
 void Scheduler::publish_full_blocks(Sequence& seq, std::int64_t first_new_token) {
+  if (encoder_pool_ != nullptr) return;  // equal tokens do not mean equal keys
   const std::int64_t full = seq.num_computed / config_.block_size;
   const auto hashes = seq.hashes_of(full, config_.block_size);
   for (std::int64_t b = first_new_token / config_.block_size; b < full; ++b) {
@@ -240,8 +272,16 @@ void Scheduler::publish_full_blocks(Sequence& seq, std::int64_t first_new_token)
   }
 }
 
-void Scheduler::retire(Sequence& seq) {
+void Scheduler::release_blocks(Sequence& seq) {
   if (pool_ != nullptr) pool_->release(seq.blocks);
+  if (encoder_pool_ != nullptr) encoder_pool_->release(seq.encoder_blocks);
+  seq.blocks.clear();
+  seq.encoder_blocks.clear();
+  seq.encoder_done = false;
+}
+
+void Scheduler::retire(Sequence& seq) {
+  release_blocks(seq);
   ++counters_.finished_requests;
   std::erase_if(running_, [&](const auto& s) { return s.get() == &seq; });
 }

@@ -3,6 +3,7 @@
 #include <cstdint>
 #include <deque>
 #include <memory>
+#include <optional>
 #include <span>
 #include <vector>
 
@@ -19,6 +20,7 @@ struct SchedulerConfig {
   int num_speculative_tokens = 0;     ///< drafts that a decode verifies in one step, >= 0
   double acceptance = 0.0;  ///< chance, 0 .. 1, that a draft is right if those before it are
   std::uint64_t seed = 0;   ///< of what is accepted: depends on request and position only
+  int encoder_tokens = 0;   ///< of every request, >= 1 with an encoder pool; else of no use
 };
 
 /// One request's share of a step.
@@ -28,9 +30,12 @@ struct ScheduledRequest {
   int num_scheduled_tokens = 0;          ///< query tokens of this step, drafts included, >= 1
   /// Blocks of all tokens up to and including this step's; empty without a pool. Valid until
   /// complete_step().
-  std::span<const std::int32_t> blocks;
+  std::span<const std::int32_t> blocks = {};
   int num_draft_tokens = 0;     ///< the last so many of the scheduled tokens are drafts
   int num_accepted_tokens = 0;  ///< drafts that turn out right; those behind are rejected
+  /// Blocks of the encoder tokens; empty without an encoder pool. Valid like `blocks`.
+  std::span<const std::int32_t> encoder_blocks = {};
+  bool new_encoder = false;  ///< the encoder runs in this step and fills encoder_blocks
 
   /// One token after a finished prompt, and drafts behind it: what the report counts as decode.
   bool is_decode() const noexcept {
@@ -59,6 +64,7 @@ struct SchedulerCounters {
   std::int64_t generated_tokens = 0;
   std::int64_t draft_tokens = 0;
   std::int64_t accepted_tokens = 0;  ///< of the drafts
+  std::int64_t encoder_tokens = 0;   ///< of all steps, recomputed ones included
   std::int64_t finished_requests = 0;
 };
 
@@ -72,13 +78,19 @@ struct SchedulerCounters {
 /// never more than it still has to generate. Of these it keeps those before the first wrong one;
 /// the slots of the rejected ones are written again by the tokens that really come there.
 ///
+/// With an encoder pool every request also holds the blocks of its encoder tokens, from admission
+/// until it ends or is preempted; the encoder runs in the step of the admission. Its tokens count
+/// against the budget, but a step may always take one encoder. Prefixes are not reused: equal
+/// tokens of a decoder do not have equal keys if the encoders saw different inputs.
+///
 /// Without a pool (encoders) a request is its prompt, computed in one step; one that is longer than
 /// the budget runs alone.
 class Scheduler {
  public:
-  /// `pool` may be null (encoders) and must outlive the scheduler.
+  /// `pool` may be null (encoders); so may `encoder_pool` (no cross attention), which needs a
+  /// `pool`. Both must outlive the scheduler.
   /// @throws InvalidArgument for a config field out of range.
-  Scheduler(const SchedulerConfig& config, BlockPool* pool);
+  Scheduler(const SchedulerConfig& config, BlockPool* pool, BlockPool* encoder_pool = nullptr);
   ~Scheduler();
 
   /// @throws OutOfBlocks if the request could not run even with the whole cache for itself.
@@ -100,6 +112,7 @@ class Scheduler {
   void continue_running(bool decodes);
   void admit_waiting();
   bool admit(Sequence& seq);
+  std::optional<std::int64_t> budget_after_encoder() const;
   bool make_room(Sequence& seq, std::int64_t tokens);
   void extend_blocks(Sequence& seq, std::int64_t tokens);
   void preempt_latest();
@@ -108,17 +121,20 @@ class Scheduler {
   void schedule_tokens(Sequence& seq, std::int64_t tokens);
   void order_decodes_first();
   void publish_full_blocks(Sequence& seq, std::int64_t first_new_token);
+  void release_blocks(Sequence& seq);
   void retire(Sequence& seq);
   std::int64_t blocks_for(std::int64_t tokens) const noexcept;
 
   SchedulerConfig config_;
   BlockPool* pool_;
+  BlockPool* encoder_pool_;
   std::deque<std::unique_ptr<Sequence>> waiting_;
   std::vector<std::unique_ptr<Sequence>> running_;  // in order of admission
   std::vector<Sequence*> scheduled_;                // same order as batch_.requests
   RequestBatch batch_;
   std::int64_t budget_ = 0;
-  bool preempted_ = false;  // in this step
+  bool preempted_ = false;          // in this step
+  bool encoder_scheduled_ = false;  // in this step
   SchedulerCounters counters_;
 };
 

@@ -61,6 +61,39 @@ StepMetadata make_step_metadata(const RequestBatch& batch, int block_size) {
   return step;
 }
 
+RequestBatch make_encoder_batch(const RequestBatch& batch, int encoder_tokens) {
+  RequestBatch encoder;
+  for (const ScheduledRequest& r : batch.requests) {
+    if (!r.new_encoder) continue;
+    encoder.requests.push_back(
+        {.request = r.request, .num_computed_tokens = 0, .num_scheduled_tokens = encoder_tokens});
+    encoder.num_tokens += encoder_tokens;
+  }
+  return encoder;
+}
+
+StepMetadata make_cross_metadata(const StepMetadata& decoder, const RequestBatch& batch,
+                                 int encoder_tokens, int block_size) {
+  StepMetadata step;
+  CommonMetadata& m = step.common;
+  m = decoder.common;
+  m.slot_mapping.clear();
+  m.causal = false;
+  for (const ScheduledRequest& r : batch.requests) {
+    m.encoder_seq_lens.push_back(encoder_tokens);
+    step.block_table.insert(step.block_table.end(), r.encoder_blocks.begin(),
+                            r.encoder_blocks.end());
+    for (int p = 0; p < encoder_tokens && r.new_encoder; ++p) {
+      const auto block =
+          static_cast<std::int64_t>(r.encoder_blocks[static_cast<std::size_t>(p / block_size)]);
+      m.encoder_slot_mapping.push_back(block * block_size + p % block_size);
+    }
+  }
+  m.block_table = ConstTensorView(step.block_table.data(), DType::i32,
+                                  {m.num_reqs, ceil_div(encoder_tokens, block_size)});
+  return step;
+}
+
 std::vector<StepToken> make_step_tokens(const RequestBatch& batch) {
   std::vector<StepToken> tokens;
   tokens.reserve(static_cast<std::size_t>(batch.num_tokens));
@@ -80,54 +113,69 @@ std::vector<StepToken> make_step_tokens(const RequestBatch& batch) {
   return tokens;
 }
 
-StepTensors::StepTensors(const ModelPreset& model, DType dtype) : model_(model), dtype_(dtype) {}
-
-void StepTensors::resize(int num_tokens) {
-  num_tokens_ = num_tokens;
-  const auto row = static_cast<std::size_t>(num_tokens) *
-                   static_cast<std::size_t>(model_.head_dim) * size_of(dtype_);
-  query_.reserve(row * static_cast<std::size_t>(model_.num_q_heads));
-  key_.reserve(row * static_cast<std::size_t>(model_.num_kv_heads));
-  value_.reserve(row * static_cast<std::size_t>(model_.num_kv_heads));
-  output_.reserve(row * static_cast<std::size_t>(model_.num_q_heads));
-  lse_.reserve(static_cast<std::size_t>(num_tokens) * static_cast<std::size_t>(model_.num_q_heads) *
-               sizeof(float));
+std::vector<StepToken> make_encoder_tokens(const RequestBatch& encoder_batch) {
+  std::vector<StepToken> tokens = make_step_tokens(encoder_batch);
+  for (StepToken& t : tokens) t.own_content = t.content = encoder_content_id(*t.request);
+  return tokens;
 }
 
-void StepTensors::fill(const std::vector<StepToken>& tokens, int layer,
-                       const ValueGenerator& generator, Executor& executor) {
+StepTensors::StepTensors(const ModelPreset& model, DType dtype) : model_(model), dtype_(dtype) {}
+
+void StepTensors::resize(std::size_t num_queries, std::size_t num_keys) {
+  num_queries_ = static_cast<int>(num_queries);
+  num_keys_ = static_cast<int>(num_keys);
   const std::size_t row = static_cast<std::size_t>(model_.head_dim) * size_of(dtype_);
-  const auto fill_heads = [&](const Buffer& buffer, std::size_t t, int heads, std::uint64_t content,
-                              ValueKind kind) {
+  const auto q_heads = static_cast<std::size_t>(model_.num_q_heads);
+  const auto kv_heads = static_cast<std::size_t>(model_.num_kv_heads);
+  query_.reserve(num_queries * row * q_heads);
+  key_.reserve(num_keys * row * kv_heads);
+  value_.reserve(num_keys * row * kv_heads);
+  output_.reserve(num_queries * row * q_heads);
+  lse_.reserve(num_queries * q_heads * sizeof(float));
+}
+
+void StepTensors::fill(std::span<const StepToken> queries, std::span<const StepToken> keys,
+                       int layer, const ValueGenerator& generator, Executor& executor) {
+  resize(queries.size(), keys.size());
+  const std::size_t row = static_cast<std::size_t>(model_.head_dim) * size_of(dtype_);
+  const auto fill_heads = [&](const Buffer& buffer, std::size_t t, int heads, RowKey key) {
     auto* out = static_cast<std::byte*>(buffer.data()) + t * row * static_cast<std::size_t>(heads);
-    for (int h = 0; h < heads; ++h, out += row) {
-      generator.fill({content, tokens[t].position, layer, h, kind}, model_.head_dim, out);
+    for (key.head = 0; key.head < heads; ++key.head, out += row) {
+      generator.fill(key, model_.head_dim, out);
     }
   };
-  const std::size_t count = tokens.size();
   const auto workers = static_cast<std::size_t>(executor.num_workers());
   executor.run([&](int worker) {
     const auto w = static_cast<std::size_t>(worker);
     const auto q_heads = static_cast<std::size_t>(model_.num_q_heads);
-    for (std::size_t t = count * w / workers; t < count * (w + 1) / workers; ++t) {
-      fill_heads(query_, t, model_.num_q_heads, tokens[t].own_content, ValueKind::query);
-      fill_heads(key_, t, model_.num_kv_heads, tokens[t].content, ValueKind::key);
-      fill_heads(value_, t, model_.num_kv_heads, tokens[t].content, ValueKind::value);
+    for (std::size_t t = queries.size() * w / workers; t < queries.size() * (w + 1) / workers;
+         ++t) {
+      const StepToken& q = queries[t];
+      fill_heads(query_, t, model_.num_q_heads,
+                 {q.own_content, q.position, layer, 0, ValueKind::query});
       std::memset(static_cast<std::byte*>(output_.data()) + t * row * q_heads, 0xff, row * q_heads);
       std::memset(static_cast<float*>(lse_.data()) + t * q_heads, 0xff, q_heads * sizeof(float));
+    }
+    for (std::size_t t = keys.size() * w / workers; t < keys.size() * (w + 1) / workers; ++t) {
+      const StepToken& k = keys[t];
+      fill_heads(key_, t, model_.num_kv_heads, {k.content, k.position, layer, 0, ValueKind::key});
+      fill_heads(value_, t, model_.num_kv_heads,
+                 {k.content, k.position, layer, 0, ValueKind::value});
     }
   });
 }
 
-TensorView StepTensors::view(const Buffer& buffer, int heads) const {
-  return TensorView(buffer.data(), dtype_, {num_tokens_, heads, model_.head_dim});
+TensorView StepTensors::view(const Buffer& buffer, int rows, int heads) const {
+  return TensorView(buffer.data(), dtype_, {rows, heads, model_.head_dim});
 }
-ConstTensorView StepTensors::query() const { return view(query_, model_.num_q_heads); }
-ConstTensorView StepTensors::key() const { return view(key_, model_.num_kv_heads); }
-ConstTensorView StepTensors::value() const { return view(value_, model_.num_kv_heads); }
-TensorView StepTensors::output() const { return view(output_, model_.num_q_heads); }
+ConstTensorView StepTensors::query() const {
+  return view(query_, num_queries_, model_.num_q_heads);
+}
+ConstTensorView StepTensors::key() const { return view(key_, num_keys_, model_.num_kv_heads); }
+ConstTensorView StepTensors::value() const { return view(value_, num_keys_, model_.num_kv_heads); }
+TensorView StepTensors::output() const { return view(output_, num_queries_, model_.num_q_heads); }
 TensorView StepTensors::lse() const {
-  return TensorView(lse_.data(), DType::f32, {num_tokens_, model_.num_q_heads});
+  return TensorView(lse_.data(), DType::f32, {num_queries_, model_.num_q_heads});
 }
 
 std::vector<float> StepTensors::output_row(int token, int head) const {
@@ -153,20 +201,24 @@ float StepTensors::lse_value(int token, int head) const {
 }
 
 StepWork measure_work(const RequestBatch& batch, const ModelPreset& model, DType kv_dtype,
-                      std::optional<int> window) {
+                      const LayerKind& layer) {
   StepWork work;
+  const bool cross = layer.type == AttentionType::encoder_decoder;
   for (const ScheduledRequest& r : batch.requests) {
     const std::int64_t seq_len = r.num_computed_tokens + r.num_scheduled_tokens;
+    const std::int64_t all_keys = cross ? model.encoder_tokens : seq_len;
     if (r.is_decode()) {
       const std::int64_t keys =
-          window ? std::min<std::int64_t>(seq_len, *window + r.num_draft_tokens) : seq_len;
+          layer.window ? std::min<std::int64_t>(all_keys, *layer.window + r.num_draft_tokens)
+                       : all_keys;
       work.decode_bytes += static_cast<double>(keys) * model.num_kv_heads * 2 * model.head_dim *
                            static_cast<double>(size_of(kv_dtype));
       continue;
     }
-    const double pairs = model.is_encoder()
-                             ? static_cast<double>(seq_len) * static_cast<double>(seq_len)
-                             : causal_pairs(r.num_computed_tokens, seq_len - 1, window);
+    const double pairs =
+        layer.type == AttentionType::decoder
+            ? causal_pairs(r.num_computed_tokens, seq_len - 1, layer.window)
+            : static_cast<double>(r.num_scheduled_tokens) * static_cast<double>(all_keys);
     work.prefill_flops += pairs * model.num_q_heads * 4 * model.head_dim;
   }
   return work;

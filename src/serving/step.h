@@ -2,6 +2,7 @@
 #pragma once
 #include <cstdint>
 #include <optional>
+#include <span>
 #include <vector>
 
 #include "attend/batch/common_metadata.h"
@@ -23,6 +24,13 @@ struct StepMetadata {
 /// `block_size` 0 = encoder: no blocks, no slots, every token sees the whole prompt.
 StepMetadata make_step_metadata(const RequestBatch& batch, int block_size);
 
+/// The encoder's share of a step: the requests that are new, each with all its encoder tokens.
+RequestBatch make_encoder_batch(const RequestBatch& batch, int encoder_tokens);
+/// Cross attention of the same queries as `decoder`, the step's own metadata, to the encoder tokens
+/// of their requests; new requests bring these as key rows, in the order of the batch.
+StepMetadata make_cross_metadata(const StepMetadata& decoder, const RequestBatch& batch,
+                                 int encoder_tokens, int block_size);
+
 /// One query token of a step.
 struct StepToken {
   const Request* request = nullptr;
@@ -33,17 +41,18 @@ struct StepToken {
   std::int64_t first_rejected = 0;  ///< as ScheduledRequest::first_rejected()
 };
 std::vector<StepToken> make_step_tokens(const RequestBatch& batch);
+/// The tokens of an encoder batch.
+std::vector<StepToken> make_encoder_tokens(const RequestBatch& encoder_batch);
 
 /// Inputs and outputs of one layer's call, reused by all layers and steps.
 class StepTensors {
  public:
   StepTensors(const ModelPreset& model, DType dtype);
-  /// Makes room for `num_tokens` rows.
-  void resize(int num_tokens);
-  /// Generates queries, keys and values of a layer; poisons output and LSE with NaN, so that a row
-  /// which the kernel forgets shows.
-  void fill(const std::vector<StepToken>& tokens, int layer, const ValueGenerator& generator,
-            Executor& executor);
+  /// Makes room and generates the queries of some tokens and the keys and values of others (in self
+  /// attention the same ones) in a layer; poisons output and LSE with NaN, so that a row which the
+  /// kernel forgets shows.
+  void fill(std::span<const StepToken> queries, std::span<const StepToken> keys, int layer,
+            const ValueGenerator& generator, Executor& executor);
 
   ConstTensorView query() const;
   ConstTensorView key() const;
@@ -55,12 +64,20 @@ class StepTensors {
   float lse_value(int token, int head) const;
 
  private:
-  TensorView view(const Buffer& buffer, int heads) const;
+  void resize(std::size_t num_queries, std::size_t num_keys);
+  TensorView view(const Buffer& buffer, int rows, int heads) const;
 
   const ModelPreset& model_;
   DType dtype_;
-  int num_tokens_ = 0;
+  int num_queries_ = 0, num_keys_ = 0;
   Buffer query_, key_, value_, output_, lse_;
+};
+
+/// What sets the layers of a model apart.
+struct LayerKind {
+  AttentionType type = AttentionType::decoder;
+  std::optional<int> window = std::nullopt;  ///< keys visible, own included; unset = all
+  friend bool operator==(const LayerKind&, const LayerKind&) = default;
 };
 
 /// Useful work of a step in one layer.
@@ -68,7 +85,8 @@ struct StepWork {
   double prefill_flops = 0;  ///< 2 per multiply-add of q.k and p.v over visible pairs only
   double decode_bytes = 0;   ///< keys and values that decode requests read
 };
+/// `batch` is an encoder batch for encoder attention.
 StepWork measure_work(const RequestBatch& batch, const ModelPreset& model, DType kv_dtype,
-                      std::optional<int> window);
+                      const LayerKind& layer);
 
 }  // namespace attend::serving

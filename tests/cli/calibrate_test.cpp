@@ -86,6 +86,15 @@ TEST_F(CalibrateCommand, WritesTheScalesOfTheRunsValues) {
   }
 }
 
+TEST_F(CalibrateCommand, CrossAttentionAddsItsLayers) {
+  const CliResult r = run_cli(
+      "calibrate synthetic:requests=1,prompt=4,output=2,shared=0 --model whisper-large-v3 "
+      "--layers 1 --output " +
+      path("scales"));
+  ASSERT_EQ(r.exit_code, 0) << r.err;
+  EXPECT_EQ(ValueScales::load(path("scales")).num_layers, 2);
+}
+
 TEST_F(CalibrateCommand, EqualSeedsGiveEqualFiles) {
   const auto run = [&](const std::string& options, const std::string& name) {
     ASSERT_EQ(run_cli(kSmall + options + " --output " + path(name)).exit_code, 0);
@@ -129,6 +138,7 @@ TEST_F(CalibrateCommand, BadOptionsAreRefusedBeforeTheRun) {
   expect_refused("calibrate synthetic --output a --show b", "both");
   expect_refused(kSmall + "--output " + path("no/such/folder/a"), "no/such/folder");
   expect_refused("calibrate synthetic --model nobody --output " + path("a"), "llama-3.1-8b");
+  expect_refused("calibrate synthetic --model bert-base --output " + path("a"), "with a cache");
   expect_refused("calibrate synthetic --layers 0 --output " + path("a"), "layers");
   expect_refused("calibrate no/such/trace --output " + path("a"), "no/such/trace");
   EXPECT_TRUE(std::filesystem::is_empty(folder_));

@@ -51,12 +51,27 @@ TEST(ReplayCommand, SpeculativeTokensAreCountedAndChecked) {
   EXPECT_LE(j.at("accepted_tokens"), j.at("draft_tokens"));
 }
 
+TEST(ReplayCommand, CrossAttentionReportsItsOwnCache) {
+  const std::string command =
+      "replay synthetic:requests=2,prompt=4,output=3,shared=0 --model whisper-large-v3 --check 30 ";
+  const CliResult r = run_cli(command + "--json -");
+  ASSERT_EQ(r.exit_code, 0) << r.err;
+  const auto j = nlohmann::json::parse(r.out);
+  EXPECT_EQ(j.at("check").at("failed"), 0);
+  EXPECT_EQ(j.at("encoder_tokens"), 3000);
+  EXPECT_EQ(j.at("encoder_cache").at("num_blocks"), 2 * 94);
+  EXPECT_EQ(j.at("encoder_cache").at("peak_used_blocks"), 2 * 94);
+  EXPECT_THAT(r.err, HasSubstr("3000 tokens computed"));
+}
+
 TEST(ReplayCommand, BadInputIsOneLineAndExitCodeTwo) {
   for (const auto& [arguments, text] :
        {std::pair<std::string, std::string>{"replay no/such/trace.csv", "no/such/trace.csv"},
         {"replay synthetic:colour=red", "colour"},
         {kSmall + "--model nobody", "llama-3.1-8b"},
         {kSmall + "--num-blocks 1", "has 1"},
+        {kSmall + "--num-encoder-blocks 1", "cross attention"},
+        {kSmall + "--model whisper-large-v3 --num-encoder-blocks 93", "has 93"},
         {kSmall + "--limit 0", "limit"},
         {kSmall + "--speculative-tokens -1", "speculative-tokens"},
         {kSmall + "--speculative-tokens 1 --model bert-base", "encoder"},

@@ -29,9 +29,19 @@ TEST(ModelPresets, EachIsFoundByItsNameAndIsWellFormed) {
 
 TEST(ModelPresets, TheListOfTheCommandLine) {
   for (const auto* name : {"llama-3.1-8b", "qwen3-32b", "gemma-2-9b", "gemma-3-27b", "gpt-oss-20b",
-                           "bloom-7b", "step-1", "bert-base"}) {
+                           "bloom-7b", "step-1", "bert-base", "whisper-large-v3"}) {
     EXPECT_NO_THROW(find_model(name));
   }
+}
+
+TEST(ModelPresets, CrossAttentionHasACacheOfItsOwn) {
+  const ModelPreset& whisper = find_model("whisper-large-v3");
+  EXPECT_TRUE(whisper.has_cross_attention());
+  EXPECT_FALSE(whisper.is_encoder());
+  EXPECT_EQ(whisper.encoder_tokens, 1500);
+  EXPECT_EQ(whisper.num_caches(3), 6);
+  EXPECT_EQ(find_model("llama-3.1-8b").num_caches(3), 3);
+  EXPECT_EQ(find_model("bert-base").num_caches(3), 0);
 }
 
 TEST(ModelPresets, AnUnknownNameListsTheValidOnes) {

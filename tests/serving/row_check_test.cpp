@@ -112,6 +112,41 @@ TEST_F(CheckRows, PassesACorrectRow) {
   EXPECT_LT(s.worst_error, 1e-6);
 }
 
+TEST_F(CheckRows, KnowsWhoseKeysEveryTypeOfAttentionHas) {
+  const auto attend_encoder = [&](AttentionType type) {
+    SampledRow row = row_;
+    row.type = type;
+    row.num_keys = 5;
+    row.first_rejected = 10;
+    const std::uint64_t encoder = encoder_content_id(request_);
+    const std::uint64_t own = type == AttentionType::encoder ? encoder : own_content_id(request_);
+    const auto q = values(own, 6, 3, ValueKind::query);
+    double sum = 0;
+    std::vector<double> out(8);
+    for (std::int64_t j = 0; j < 5; ++j) {  // all of them, wherever the query stands
+      const auto k = values(encoder, j, 1, ValueKind::key);
+      const auto v = values(encoder, j, 1, ValueKind::value);
+      double logit = 0;
+      for (int d = 0; d < 8; ++d) logit += static_cast<double>(q[d]) * k[d];
+      const double p = std::exp(logit / std::sqrt(8.0));
+      sum += p;
+      for (int d = 0; d < 8; ++d) out[d] += p * v[d];
+    }
+    for (int d = 0; d < 8; ++d) row.out[d] = static_cast<float>(out[d] / sum);
+    row.lse = static_cast<float>(std::log(sum));
+    return row;
+  };
+  SampledRow cross = attend_encoder(AttentionType::encoder_decoder);
+  SampledRow encoder = attend_encoder(AttentionType::encoder);
+  EXPECT_EQ(check(cross).failed, 0);
+  EXPECT_EQ(check(encoder).failed, 0);
+  std::swap(cross.type, encoder.type);
+  EXPECT_EQ(check(cross).failed, 1);
+  EXPECT_EQ(check(encoder).failed, 1);
+  cross.type = AttentionType::decoder;
+  EXPECT_EQ(check(cross).failed, 1);
+}
+
 TEST_F(CheckRows, FailsAWrongElementAndSaysWhere) {
   row_.out[5] += 1e-3F;
   const CheckSummary s = check(row_);

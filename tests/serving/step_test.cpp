@@ -65,9 +65,9 @@ TEST(StepTensors, HoldTheGeneratedValuesAndPoisonedOutputs) {
   model.head_dim = 8;
   const ValueGenerator generator(3, DType::f32);
   StepTensors tensors(model, DType::f32);
-  tensors.resize(4);
   const auto executor = make_thread_pool(2);
-  tensors.fill(make_step_tokens(two.batch), 6, generator, *executor);
+  const auto tokens = make_step_tokens(two.batch);
+  tensors.fill(tokens, tokens, 6, generator, *executor);
 
   const auto expect_row = [&](const ConstTensorView& t, int token, int head, const RowKey& key) {
     std::vector<float> want(8);
@@ -93,14 +93,66 @@ TEST(StepWork, CountsVisiblePairsAndBytes) {
   model.num_q_heads = 4;
   model.num_kv_heads = 2;
   model.head_dim = 8;
-  const StepWork all = measure_work(two.batch, model, DType::bf16, std::nullopt);
+  const StepWork all = measure_work(two.batch, model, DType::bf16, {});
   EXPECT_EQ(all.prefill_flops, (5 + 6 + 7) * 4 * 4 * 8);
   EXPECT_EQ(all.decode_bytes, 21 * 2 * 2 * 8 * 2);
-  const StepWork windowed = measure_work(two.batch, model, DType::bf16, 6);
+  const StepWork windowed = measure_work(two.batch, model, DType::bf16, {.window = 6});
   EXPECT_EQ(windowed.prefill_flops, (5 + 6 + 6) * 4 * 4 * 8);
   EXPECT_EQ(windowed.decode_bytes, 6 * 2 * 2 * 8 * 2);
-  const StepWork tiny = measure_work(two.batch, model, DType::bf16, 1);
+  const StepWork tiny = measure_work(two.batch, model, DType::bf16, {.window = 1});
   EXPECT_EQ(tiny.prefill_flops, 3 * 4 * 4 * 8);
+}
+
+TEST(StepMetadata, CrossAttentionReadsTheEncodersBlocks) {
+  TwoRequests two;
+  const std::vector<std::int32_t> first = {9, 1}, second = {0, 4};
+  two.batch.requests[0].encoder_blocks = first;
+  two.batch.requests[1].encoder_blocks = second;
+  two.batch.requests[1].new_encoder = true;
+  const StepMetadata decoder = make_step_metadata(two.batch, 16);
+  const StepMetadata cross = make_cross_metadata(decoder, two.batch, 18, 16);
+  const CommonMetadata& m = cross.common;
+  EXPECT_EQ(m.query_start_loc, decoder.common.query_start_loc);
+  EXPECT_EQ(m.num_tokens, 4);
+  EXPECT_FALSE(m.causal);
+  EXPECT_THAT(m.encoder_seq_lens, ElementsAre(18, 18));
+  EXPECT_THAT(cross.block_table, ElementsAre(9, 1, 0, 4));
+  EXPECT_EQ(m.block_table.data, cross.block_table.data());
+  ASSERT_EQ(m.encoder_slot_mapping.size(), 18U);  // of the new request only
+  EXPECT_EQ(m.encoder_slot_mapping[0], 0);
+  EXPECT_EQ(m.encoder_slot_mapping[15], 15);
+  EXPECT_EQ(m.encoder_slot_mapping[16], 4 * 16);
+  EXPECT_TRUE(m.slot_mapping.empty());
+}
+
+TEST(StepMetadata, AnEncoderBatchHasAllTokensOfTheNewRequests) {
+  TwoRequests two;
+  two.batch.requests[1].new_encoder = true;
+  const RequestBatch encoder = make_encoder_batch(two.batch, 18);
+  EXPECT_EQ(encoder.num_tokens, 18);
+  const StepMetadata step = make_step_metadata(encoder, 0);
+  EXPECT_THAT(step.common.seq_lens, ElementsAre(18));
+  const auto tokens = make_encoder_tokens(encoder);
+  ASSERT_EQ(tokens.size(), 18U);
+  EXPECT_EQ(tokens[17].position, 17);
+  EXPECT_EQ(tokens[17].num_keys, 18);
+  EXPECT_EQ(tokens[17].content, encoder_content_id(two.prefill));
+  EXPECT_EQ(tokens[17].own_content, encoder_content_id(two.prefill));
+  two.batch.requests[1].new_encoder = false;
+  EXPECT_TRUE(make_encoder_tokens(make_encoder_batch(two.batch, 18)).empty());
+}
+
+TEST(StepWork, CrossAttentionSeesAllEncoderTokens) {
+  const TwoRequests two;
+  ModelPreset model;
+  model.num_q_heads = 4;
+  model.num_kv_heads = 2;
+  model.head_dim = 8;
+  model.encoder_tokens = 30;
+  const StepWork work =
+      measure_work(two.batch, model, DType::bf16, {AttentionType::encoder_decoder});
+  EXPECT_EQ(work.prefill_flops, 3 * 30 * 4 * 4 * 8);
+  EXPECT_EQ(work.decode_bytes, 30 * 2 * 2 * 8 * 2);
 }
 
 TEST(StepWork, EncodersSeeTheWholePrompt) {
@@ -110,8 +162,9 @@ TEST(StepWork, EncodersSeeTheWholePrompt) {
   model.num_q_heads = model.num_kv_heads = 2;
   model.head_dim = 8;
   model.attn_type = AttentionType::encoder_only;
-  EXPECT_EQ(measure_work(two.batch, model, DType::bf16, std::nullopt).prefill_flops,
-            81 * 2 * 4 * 8);
+  EXPECT_EQ(
+      measure_work(two.batch, model, DType::bf16, {AttentionType::encoder_only}).prefill_flops,
+      81 * 2 * 4 * 8);
 }
 
 }  // namespace

@@ -44,6 +44,7 @@ The values of a replay are generated, as there are no model weights: such a file
 the model needs and suits replays of it. For a trained model an engine feeds its own values to
 ValueScaleCalibration (attend/cache/value_scales.h) and gets a file of the same format:
   safetensors, one F32 tensor layers.N.value_scale [KV heads, head size] a layer
+Of a model with cross attention its layers follow those of self attention.
 
 --show reads a file, trusting nothing in it, and prints what it holds. A file that exists is replaced
 by --output, whole or not at all.
@@ -109,12 +110,17 @@ ordered_json calibrate(const Options& o, std::FILE* to) {
   config.model = &model;
   config.num_layers = o.num_layers.value_or(model.num_layers);
   config.seed = o.seed;
+  const int num_caches = model.num_caches(config.num_layers);
+  if (model.is_encoder()) {
+    throw InvalidArgument("calibrate", "--model", "a model with a cache",
+                          fmt::format("'{}'", o.model));
+  }
   std::unique_ptr<Executor> own_pool;
   if (o.threads) own_pool = make_thread_pool(*o.threads);
   config.executor = own_pool ? own_pool.get() : &default_executor();
   const serving::Trace trace = load_trace(o.input, o.seed);
 
-  ValueScaleCalibration calibration(config.num_layers, model.num_kv_heads, model.head_dim);
+  ValueScaleCalibration calibration(num_caches, model.num_kv_heads, model.head_dim);
   std::int64_t tokens = 0;
   config.on_values = [&](int layer, const ConstTensorView& value) {
     calibration.observe(layer, value);

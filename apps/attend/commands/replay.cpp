@@ -66,7 +66,9 @@ void add_options(CLI::App& command, ReplayOptions& o) {
   option("--model", o.model, "Model preset, see below", "NAME")->capture_default_str();
   option("--backend", c.backend, "auto or the name of a back end (attend backends)", "NAME")
       ->capture_default_str();
-  option("--layers", c.num_layers, "Layers to run, each with its own cache", "N")
+  option("--layers", c.num_layers,
+         "Decoder layers to run, each with its own cache (and as many of an encoder before them)",
+         "N")
       ->capture_default_str();
   option("--max-num-batched-tokens", c.max_num_batched_tokens,
          "Most query tokens in a step; longer prompts are cut", "N")
@@ -77,6 +79,10 @@ void add_options(CLI::App& command, ReplayOptions& o) {
   option("--num-blocks", c.num_blocks,
          "Blocks in the cache; default: room for the whole trace within a quarter of the free "
          "memory",
+         "N");
+  option("--num-encoder-blocks", c.num_encoder_blocks,
+         "Blocks for the encoder's keys (cross attention); default: room for all that run at once "
+         "within a quarter of the free memory",
          "N");
   option("--dtype", o.dtype, "f32, f16 or bf16; default: the model's", "D");
   option("--kv-cache-dtype", c.kv_cache_dtype,
