@@ -40,6 +40,7 @@ Schemes ('K' = only keys are quantised, 'KV' = keys and values):
   smooth                         the mean of all keys is subtracted, then per token
   level 1                        queries and keys per token, values per channel, weights in int8
   level 2                        queries and keys per token
+  K smooth                       the same after the mean of all keys was subtracted
 
 The second table runs the ops that exist: their error, and how many times the error of float64
 arithmetic on the same codes that is. More than 1.2 is a failure.
@@ -75,7 +76,7 @@ ordered_json to_json(const AccuracyReport& report, const Options& options) {
 }
 
 void print_header(std::FILE* to, std::string_view title) {
-  fmt::print(to, "{:<44}", title);
+  fmt::print(to, "{:<48}", title);
   for (const auto kind : conformance::kDataKinds) fmt::print(to, "{:>17}", to_string(kind));
   fmt::print(to, "\n");
 }
@@ -83,7 +84,7 @@ void print_header(std::FILE* to, std::string_view title) {
 void print(const AccuracyReport& report, std::FILE* to) {
   print_header(to, "scheme");
   for (const auto& scheme : conformance::quant_schemes()) {
-    fmt::print(to, "{:<44}", scheme.name);
+    fmt::print(to, "{:<48}", scheme.name);
     for (const auto kind : conformance::kDataKinds) {
       fmt::print(to, "{:>17.4f}", report.error(kind, scheme.name));
     }
@@ -93,7 +94,7 @@ void print(const AccuracyReport& report, std::FILE* to) {
   print_header(
       to, fmt::format("op on {} (error, times its scheme's)", to_string(report.ops.front().isa)));
   for (const auto& op : conformance::quantised_ops()) {
-    fmt::print(to, "{:<44}", fmt::format("{}, {}", op.name, op.scheme));
+    fmt::print(to, "{:<48}", fmt::format("{}, {}", op.name, op.scheme));
     for (const auto& o : report.ops) {
       if (o.op != op.name || o.scheme != op.scheme) continue;
       fmt::print(to, "{:>17}", fmt::format("{:.4f} {:.3f}x", o.error, o.over_arithmetic));

@@ -37,7 +37,17 @@ constexpr std::array kSchemes = {
                 .k = int8_by(Sharing::token),
                 .v = int8_by(Sharing::channel),
                 .int8_weights = true},
+    QuantScheme{.name = "int8 level 1, K smooth",
+                .q = int8_by(Sharing::token),
+                .k = int8_by(Sharing::token),
+                .v = int8_by(Sharing::channel),
+                .smooth_k = true,
+                .int8_weights = true},
     QuantScheme{.name = "int8 level 2", .q = int8_by(Sharing::token), .k = int8_by(Sharing::token)},
+    QuantScheme{.name = "int8 level 2, K smooth",
+                .q = int8_by(Sharing::token),
+                .k = int8_by(Sharing::token),
+                .smooth_k = true},
     QuantScheme{.name = "int8 KV per token and head",
                 .k = int8_by(Sharing::token),
                 .v = int8_by(Sharing::token)},
@@ -64,16 +74,6 @@ std::size_t group_of(Sharing sharing, std::size_t row, std::size_t column, std::
       return row / kGroup * columns + column;
   }
   return 0;
-}
-
-void subtract_mean(std::vector<double>& rows, int columns) {
-  const auto width = static_cast<std::size_t>(columns);
-  const double count = static_cast<double>(rows.size() / width);
-  for (std::size_t c = 0; c < width; ++c) {
-    double sum = 0.0;
-    for (std::size_t i = c; i < rows.size(); i += width) sum += rows[i];
-    for (std::size_t i = c; i < rows.size(); i += width) rows[i] -= sum / count;
-  }
 }
 
 /// One row over pieces of 256 keys, merged by their largest logits.
@@ -172,6 +172,21 @@ QuantisedTensor quantise(std::span<const double> values, int columns, const Quan
     t.values.push_back(decoded * static_cast<double>(scale));
   }
   return t;
+}
+
+std::vector<float> subtract_mean(std::vector<double>& rows, int columns) {
+  const auto width = static_cast<std::size_t>(columns);
+  const auto count = static_cast<double>(rows.size() / width);
+  std::vector<float> means;
+  for (std::size_t c = 0; c < width; ++c) {
+    double sum = 0.0;
+    for (std::size_t i = c; i < rows.size(); i += width) sum += rows[i];
+    means.push_back(static_cast<float>(sum / count));
+    for (std::size_t i = c; i < rows.size(); i += width) {
+      rows[i] -= static_cast<double>(means.back());
+    }
+  }
+  return means;
 }
 
 AttentionData quantised(const AttentionData& data, const QuantScheme& scheme) {

@@ -50,6 +50,10 @@ struct QuantisedTensor {
 /// @pre `quantiser.format` is set, values are finite.
 QuantisedTensor quantise(std::span<const double> values, int columns, const Quantiser& quantiser);
 
+/// Subtracts from every row of [rows, columns] the mean of all rows, rounded to float32; returns
+/// it, [columns].
+std::vector<float> subtract_mean(std::vector<double>& rows, int columns);
+
 /// The data as attention sees it under a scheme.
 AttentionData quantised(const AttentionData& data, const QuantScheme& scheme);
 
