@@ -4,6 +4,13 @@
 #include "core/check.h"
 
 namespace attend {
+namespace {
+
+std::int64_t num_planes(const KvCacheSpec& spec) noexcept {
+  return spec.format == KvFormat::int8_level2 ? 3 : 2;
+}
+
+}  // namespace
 
 std::string_view to_string(KvLayout layout) noexcept {
   return layout == KvLayout::nhd ? "NHD" : "HND";
@@ -12,6 +19,28 @@ std::string_view to_string(KvLayout layout) noexcept {
 std::optional<KvLayout> parse_kv_layout(std::string_view name) noexcept {
   if (name == "NHD" || name == "nhd") return KvLayout::nhd;
   if (name == "HND" || name == "hnd") return KvLayout::hnd;
+  return std::nullopt;
+}
+
+std::string_view to_string(KvFormat format) noexcept {
+  switch (format) {
+    case KvFormat::plain:
+      return "plain";
+    case KvFormat::int8_level1:
+      return "int8_level1";
+    case KvFormat::int8_level2:
+      return "int8_level2";
+    case KvFormat::int8_per_token_head:
+      return "int8_per_token_head";
+  }
+  return "invalid KV format";
+}
+
+std::optional<KvFormat> parse_kv_format(std::string_view name) noexcept {
+  for (const KvFormat f : {KvFormat::plain, KvFormat::int8_level1, KvFormat::int8_level2,
+                           KvFormat::int8_per_token_head}) {
+    if (to_string(f) == name) return f;
+  }
   return std::nullopt;
 }
 
@@ -27,9 +56,12 @@ void KvCacheSpec::validate() const {
   at_least("num_kv_heads", num_kv_heads, 1);
   at_least("head_size", head_size, 1);
   at_least("num_layers", num_layers, 0);
+  check::require(
+      format == KvFormat::plain || dtype == DType::i8, {kOp, "dtype"},
+      [&] { return fmt::format("i8, the codes of {}", to_string(format)); }, to_string(dtype));
 
   constexpr std::int64_t kMaxBytes = std::int64_t{1} << 62;
-  std::int64_t bytes = 2 * static_cast<std::int64_t>(size_of(dtype));
+  std::int64_t bytes = num_planes(*this) * static_cast<std::int64_t>(size_of(dtype));
   for (const std::int64_t factor :
        {num_blocks, std::int64_t{block_size}, std::int64_t{num_kv_heads}, std::int64_t{head_size},
         std::int64_t{num_layers == 0 ? 1 : num_layers}}) {
@@ -44,17 +76,37 @@ void KvCacheSpec::validate() const {
 
 std::vector<std::int64_t> flash_attn_cache_shape(const KvCacheSpec& spec) {
   spec.validate();
-  std::vector<std::int64_t> shape = {2, spec.num_blocks, spec.block_size, spec.num_kv_heads,
-                                     spec.head_size};
+  const std::int64_t planes = num_planes(spec);
+  std::vector<std::int64_t> shape =
+      is_int8_level(spec.format)
+          ? std::vector<std::int64_t>{planes, spec.num_blocks, spec.num_kv_heads, spec.block_size,
+                                      spec.head_size}
+          : std::vector<std::int64_t>{planes, spec.num_blocks, spec.block_size, spec.num_kv_heads,
+                                      spec.head_size};
   if (spec.num_layers > 0) shape.insert(shape.begin(), spec.num_layers);
   return shape;
 }
 
-std::vector<int> flash_attn_stride_order(KvLayout layout, bool include_layers) {
+std::vector<int> flash_attn_stride_order(KvLayout layout, bool include_layers, KvFormat format) {
+  if (is_int8_level(format)) {
+    return include_layers ? std::vector{0, 1, 2, 3, 4, 5} : std::vector{0, 1, 2, 3, 4};
+  }
   if (include_layers) {
     return layout == KvLayout::nhd ? std::vector{2, 0, 1, 3, 4, 5} : std::vector{2, 4, 0, 1, 3, 5};
   }
   return layout == KvLayout::nhd ? std::vector{0, 1, 2, 3, 4} : std::vector{0, 1, 3, 2, 4};
+}
+
+std::vector<std::int64_t> flash_attn_scale_shape(const KvCacheSpec& spec) {
+  spec.validate();
+  std::vector<std::int64_t> shape;
+  if (is_int8_level(spec.format)) {
+    shape = {spec.num_blocks, spec.num_kv_heads, spec.block_size};
+  } else if (spec.format == KvFormat::int8_per_token_head) {
+    shape = {2, spec.num_blocks, spec.block_size, spec.num_kv_heads};
+  }
+  if (spec.num_layers > 0 && !shape.empty()) shape.insert(shape.begin(), spec.num_layers);
+  return shape;
 }
 
 std::int64_t cache_bytes(std::span<const std::int64_t> shape, DType dtype) noexcept {

@@ -51,7 +51,7 @@ KvMemory::KvMemory(const Backend& backend, KvCacheSpec spec, int num_layers, KvL
     : dtype_(spec.dtype) {
   spec.num_layers = 0;
   shape_ = backend.kv_cache_shape(spec);
-  order_ = backend.kv_cache_stride_order(layout, /*include_layers=*/false);
+  order_ = backend.kv_cache_stride_order(layout, /*include_layers=*/false, spec.format);
   layer_bytes_ = cache_bytes(shape_, dtype_);
   buffer_ = Buffer(static_cast<std::size_t>(layer_bytes_ * num_layers));
 

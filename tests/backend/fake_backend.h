@@ -20,7 +20,7 @@ class FakeBackend final : public Backend {
   std::string_view name() const noexcept override { return name_; }
   const Capability& capability() const noexcept override { return can_; }
   std::vector<std::int64_t> kv_cache_shape(const KvCacheSpec&) const override { return {}; }
-  std::vector<int> kv_cache_stride_order(KvLayout, bool) const override { return {}; }
+  std::vector<int> kv_cache_stride_order(KvLayout, bool, KvFormat) const override { return {}; }
   int kv_cache_block_dim() const noexcept override { return 0; }
   std::unique_ptr<MetadataBuilder> make_builder(const BuilderConfig&) const override {
     return nullptr;

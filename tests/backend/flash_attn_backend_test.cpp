@@ -46,11 +46,13 @@ TEST(FlashAttnCache, ShapeAndOrder) {
   EXPECT_EQ(flash_attn().kv_cache_shape(s).at(dim), s.num_blocks);
   s.num_layers = 3;
   EXPECT_THAT(flash_attn().kv_cache_shape(s), ElementsAre(3, 2, 11, 32, 2, 64));
-  EXPECT_THAT(flash_attn().kv_cache_stride_order(KvLayout::nhd, false), ElementsAre(0, 1, 2, 3, 4));
-  EXPECT_THAT(flash_attn().kv_cache_stride_order(KvLayout::hnd, false), ElementsAre(0, 1, 3, 2, 4));
-  EXPECT_THAT(flash_attn().kv_cache_stride_order(KvLayout::nhd, true),
+  EXPECT_THAT(flash_attn().kv_cache_stride_order(KvLayout::nhd, false, KvFormat::plain),
+              ElementsAre(0, 1, 2, 3, 4));
+  EXPECT_THAT(flash_attn().kv_cache_stride_order(KvLayout::hnd, false, KvFormat::plain),
+              ElementsAre(0, 1, 3, 2, 4));
+  EXPECT_THAT(flash_attn().kv_cache_stride_order(KvLayout::nhd, true, KvFormat::plain),
               ElementsAre(2, 0, 1, 3, 4, 5));
-  EXPECT_THAT(flash_attn().kv_cache_stride_order(KvLayout::hnd, true),
+  EXPECT_THAT(flash_attn().kv_cache_stride_order(KvLayout::hnd, true, KvFormat::plain),
               ElementsAre(2, 4, 0, 1, 3, 5));
   EXPECT_EQ(flash_attn().required_kv_cache_layout(), std::nullopt);
 }

@@ -78,8 +78,8 @@ TEST(FlashAttnSelection, GivesAllReasonsInOrder) {
   EXPECT_THAT(
       reasons_against_flash_attn(select_backend(config)),
       ElementsAre("head_size not supported: 260 (must be a multiple of 8, at most 256)",
-                  "kv_cache_dtype not supported: int8 (must be auto, f16, bf16, f32, fp8_e4m3 or "
-                  "fp8_e5m2)",
+                  "kv_cache_dtype not supported: int8 (must be auto, f16, bf16, f32, fp8_e4m3, "
+                  "fp8_e5m2, int8_level1, int8_level2 or int8_per_token_head)",
                   "block_size not supported: 8 (must be a multiple of 16)",
                   "partial multimodal token full attention not supported", "MLA not supported",
                   "sparse not supported",

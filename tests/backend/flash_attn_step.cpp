@@ -223,7 +223,7 @@ void Step::fill_cache() {
   const bool layered = options.num_layers > 0;
   const Backend& backend = find_backend("FLASH_ATTN");
   cache = cache_view(cache_memory.view().data, options.dtype, shape,
-                     backend.kv_cache_stride_order(options.layout, layered));
+                     backend.kv_cache_stride_order(options.layout, layered, KvFormat::plain));
   if (layered) cache = cache.select(0, options.num_layers - 1);
   for (int r = 0; r < num_reqs(); ++r) {
     const auto i = static_cast<std::size_t>(r);

@@ -23,8 +23,8 @@ enum class AttentionType : std::uint8_t { decoder, encoder, encoder_only, encode
 std::string_view to_string(AttentionType t) noexcept;
 std::optional<AttentionType> parse_attention_type(std::string_view name) noexcept;
 
-/// What a model and an engine ask of a back end. Text forms of kv_cache_dtype: "auto" (= dtype) or
-/// a dtype name.
+/// What a model and an engine ask of a back end. Text forms of kv_cache_dtype: "auto" (= dtype), a
+/// dtype name, or the name of a KvFormat other than plain.
 struct AttentionConfig {
   Platform platform;
   int head_size = 0;
@@ -141,6 +141,9 @@ struct ImplConfig {
   /// fp8 caches: a stored code stands for code * scale. 1 value or one a kv head, finite and > 0;
   /// empty = 1. Both of the same size; empty for other caches.
   std::vector<float> k_scale, v_scale;
+  /// int8_level1 only, and needed there: scales of the values, [num_kv_heads, head_size], each
+  /// finite and > 0, as ValueScales has them for the layer. Empty for other caches.
+  std::vector<float> value_scales;
 };
 
 /// Tensors of one layer's call. T may exceed the batch's num_tokens (padding): rows beyond it are
@@ -153,6 +156,8 @@ struct ForwardArgs {
   ConstTensorView value;  ///< like key; given iff key is
   /// Logical shape of Backend::kv_cache_shape(); undefined for encoders without cache.
   TensorView kv_cache;
+  /// Shape of Backend::kv_scale_shape(), f32, any strides; undefined if that is empty.
+  TensorView kv_scale_cache;
   TensorView output;  ///< [T, Hq, D]
   TensorView lse;     ///< f32 [T, Hq], natural log; undefined = not wanted
   Workspace workspace;
@@ -183,7 +188,10 @@ class Backend {
   /// Logical cache shape. @throws InvalidArgument for a block size that it does not support.
   virtual std::vector<std::int64_t> kv_cache_shape(const KvCacheSpec& spec) const = 0;
   /// Physical order of the logical dimensions (layers in front if asked for).
-  virtual std::vector<int> kv_cache_stride_order(KvLayout layout, bool include_layers) const = 0;
+  virtual std::vector<int> kv_cache_stride_order(KvLayout layout, bool include_layers,
+                                                 KvFormat format) const = 0;
+  /// Shape of the f32 cache of scales beside the cache, contiguous; empty = there is none.
+  virtual std::vector<std::int64_t> kv_scale_shape(const KvCacheSpec&) const { return {}; }
   /// Index of the dimension that counts blocks in kv_cache_shape() without layers.
   virtual int kv_cache_block_dim() const noexcept = 0;
   /// Layout that the back end insists on; nullopt = both work.

@@ -9,9 +9,13 @@ std::string canonical_kv_cache_dtype(std::string_view name) {
   return std::string(dtype ? to_string(*dtype) : name);
 }
 
-std::optional<DType> resolve_kv_cache_dtype(std::string_view name, DType compute) noexcept {
-  if (name.empty() || name == "auto") return compute;
-  return parse_dtype(name);
+std::optional<StoredKv> resolve_kv_cache_dtype(std::string_view name, DType compute) noexcept {
+  if (name.empty() || name == "auto") return StoredKv{compute, KvFormat::plain};
+  if (const std::optional<DType> dtype = parse_dtype(name))
+    return StoredKv{*dtype, KvFormat::plain};
+  const std::optional<KvFormat> format = parse_kv_format(name);
+  if (!format || *format == KvFormat::plain) return std::nullopt;
+  return StoredKv{DType::i8, *format};
 }
 
 }  // namespace attend

@@ -4,16 +4,24 @@
 #include <string>
 #include <string_view>
 
+#include "attend/cache/kv_cache_spec.h"
 #include "attend/core/dtype.h"
 
 namespace attend {
 
 /// One spelling for each kv_cache_dtype: "bfloat16" becomes "bf16", "" becomes "auto"; names that
-/// are no dtype (a packed format) stay as they are.
+/// are no dtype (a format) stay as they are.
 std::string canonical_kv_cache_dtype(std::string_view name);
 
-/// Element type of a cache: `compute` for "auto", the named dtype otherwise; nullopt if the name is
-/// no dtype.
-std::optional<DType> resolve_kv_cache_dtype(std::string_view name, DType compute) noexcept;
+/// What a cache holds.
+struct StoredKv {
+  DType dtype = DType::bf16;
+  KvFormat format = KvFormat::plain;
+  friend bool operator==(const StoredKv&, const StoredKv&) = default;
+};
+
+/// `compute` for "auto", the named dtype, or the int8 codes of the named format; nullopt for any
+/// other name.
+std::optional<StoredKv> resolve_kv_cache_dtype(std::string_view name, DType compute) noexcept;
 
 }  // namespace attend

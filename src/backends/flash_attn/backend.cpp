@@ -19,8 +19,13 @@ class FlashAttnBackend final : public Backend {
     check_block_size("FLASH_ATTN.kv_cache_shape", spec.block_size);
     return flash_attn_cache_shape(spec);
   }
-  std::vector<int> kv_cache_stride_order(KvLayout layout, bool include_layers) const override {
-    return flash_attn_stride_order(layout, include_layers);
+  std::vector<int> kv_cache_stride_order(KvLayout layout, bool include_layers,
+                                         KvFormat format) const override {
+    return flash_attn_stride_order(layout, include_layers, format);
+  }
+  std::vector<std::int64_t> kv_scale_shape(const KvCacheSpec& spec) const override {
+    check_block_size("FLASH_ATTN.kv_scale_shape", spec.block_size);
+    return flash_attn_scale_shape(spec);
   }
   int kv_cache_block_dim() const noexcept override { return 1; }
 
@@ -39,15 +44,24 @@ class FlashAttnBackend final : public Backend {
     const auto add = [&](std::string_view text) {
       reason += fmt::format("{}{}", reason.empty() ? "" : "; ", text);
     };
-    const std::optional<DType> stored = resolve_kv_cache_dtype(c.kv_cache_dtype, c.dtype);
+    const std::optional<StoredKv> stored = resolve_kv_cache_dtype(c.kv_cache_dtype, c.dtype);
     const bool encoder =
         c.attn_type == AttentionType::encoder || c.attn_type == AttentionType::encoder_only;
-    if (stored && is_fp8(*stored) && encoder)
+    if (!stored) return reason.empty() ? std::nullopt : std::optional(reason);
+    const bool int8 = stored->format != KvFormat::plain;
+    if ((is_fp8(stored->dtype) || int8) && encoder)
       add("quantization is not supported for encoder attention");
-    if (stored && is_float_compute(*stored) && *stored != c.dtype) {
+    if (is_float_compute(stored->dtype) && stored->dtype != c.dtype) {
       add(fmt::format("kv_cache_dtype {} differs from dtype {} (the cache stores keys as they are)",
-                      to_string(*stored), to_string(c.dtype)));
+                      to_string(stored->dtype), to_string(c.dtype)));
     }
+    if (stored->format == KvFormat::int8_level2 && c.dtype == DType::f32)
+      add("int8_level2 keeps values in 16 bits, dtype is f32");
+    if (int8 && c.use_per_head_quant_scales)
+      add(fmt::format("{} has scales of its own instead of per-head ones",
+                      to_string(stored->format)));
+    if (int8 && c.platform.type != DeviceType::cpu)
+      add(fmt::format("{} runs on the CPU only", to_string(stored->format)));
     if (reason.empty()) return std::nullopt;
     return reason;
   }
@@ -57,7 +71,9 @@ class FlashAttnBackend final : public Backend {
     Capability can;
     can.dtypes = {DType::f16, DType::bf16, DType::f32};
     can.cpu_only_dtypes = {DType::f32};
-    can.kv_cache_dtypes = {"auto", "f16", "bf16", "f32", "fp8_e4m3", "fp8_e5m2"};
+    can.kv_cache_dtypes = {"auto",        "f16",         "bf16",
+                           "f32",         "fp8_e4m3",    "fp8_e5m2",
+                           "int8_level1", "int8_level2", "int8_per_token_head"};
     can.head_size_multiple = kHeadSizeMultiple;
     can.max_head_size = kMaxHeadSize;
     can.block_sizes = {kBlockSizeMultiple};

@@ -21,8 +21,12 @@ constexpr int kMaxSpeculativeTokens = 1 << 20;
 void check_config(const BuilderConfig& c) {
   const auto at = [](std::string_view argument) { return check::Where{kMakeOp, argument}; };
   check_heads(kMakeOp, c.num_q_heads, c.cache.num_kv_heads, c.cache.head_size);
-  check::require(is_float_compute(c.cache.dtype) || is_fp8(c.cache.dtype), at("cache.dtype"),
-                 "f32, f16, bf16, fp8_e4m3 or fp8_e5m2", to_string(c.cache.dtype));
+  const bool int8 = c.cache.format != KvFormat::plain && c.cache.dtype == DType::i8;
+  check::require(is_float_compute(c.cache.dtype) || is_fp8(c.cache.dtype) || int8,
+                 at("cache.dtype"), "f32, f16, bf16, fp8_e4m3, fp8_e5m2, or i8 with an int8 format",
+                 to_string(c.cache.dtype));
+  check::require(c.cache.format == KvFormat::plain || !is_encoder(c.attn_type), at("cache.format"),
+                 "plain: an encoder has no cache", to_string(c.cache.format));
   if (!is_encoder(c.attn_type)) {
     c.cache.validate();
     check_block_size(kMakeOp, c.cache.block_size);
@@ -113,6 +117,12 @@ class FlashAttnBuilder final : public MetadataBuilder {
     metadata->num_tokens = batch.num_tokens;
     metadata->num_new_keys =
         cross ? static_cast<int>(batch.encoder_slot_mapping.size()) : batch.num_tokens;
+    metadata->format = config_.cache.format;
+    if (is_int8_level(metadata->format)) {
+      metadata->int8_scratch =
+          Int8Scratch(metadata->num_tokens, metadata->num_new_keys,
+                      {config_.num_q_heads, config_.cache.num_kv_heads, config_.cache.head_size});
+    }
     metadata->split =
         split_decodes_and_prefills(batch, {.decode_threshold = *reorder_batch_threshold()});
     if (encoder) return metadata;

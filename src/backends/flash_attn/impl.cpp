@@ -10,88 +10,17 @@
 
 #include "attend/ops/attention.h"
 #include "attend/ops/cache.h"
-#include "backends/common/kv_cache_dtype.h"
+#include "attend/ops/int8_cache.h"
 #include "backends/flash_attn/flash_attn.h"
+#include "backends/flash_attn/impl_config.h"
+#include "backends/flash_attn/int8_layer.h"
 #include "backends/flash_attn/metadata.h"
 #include "core/check.h"
 
 namespace attend::flash_attn {
 namespace {
 
-constexpr std::string_view kMakeOp = "FLASH_ATTN.make_impl";
 constexpr std::string_view kForwardOp = "FLASH_ATTN.forward";
-
-void check_kv_scales(const ImplConfig& c, bool allowed) {
-  for (const auto& [name, scales] : {std::pair{"k_scale", &c.k_scale}, {"v_scale", &c.v_scale}}) {
-    const check::Where where{kMakeOp, name};
-    check::require(allowed || scales->empty(), where, "none: the cache is not fp8", scales->size());
-    check::require(
-        scales->empty() || scales->size() == 1 ||
-            scales->size() == static_cast<std::size_t>(c.num_kv_heads),
-        where, [&] { return fmt::format("none, 1 or {}, one a kv head", c.num_kv_heads); },
-        scales->size());
-    for (std::size_t h = 0; h < scales->size(); ++h) {
-      const float x = (*scales)[h];
-      check::require(std::isfinite(x) && x > 0.0F, where, "finite values > 0",
-                     [&] { return fmt::format("{} at index {}", x, h); });
-    }
-  }
-  check::require(
-      c.k_scale.size() == c.v_scale.size(), {kMakeOp, "v_scale"},
-      [&] { return fmt::format("{} values, as many as k_scale", c.k_scale.size()); },
-      c.v_scale.size());
-}
-
-void check_config(const ImplConfig& c) {
-  const auto at = [](std::string_view argument) { return check::Where{kMakeOp, argument}; };
-  check_heads(kMakeOp, c.num_q_heads, c.num_kv_heads, c.head_size);
-  check::require(is_float_compute(c.dtype), at("dtype"), "f32, f16 or bf16", to_string(c.dtype));
-  const DType stored = resolve_kv_cache_dtype(c.kv_cache_dtype, c.dtype).value_or(DType::u8);
-  check::require(
-      stored == c.dtype || (is_fp8(stored) && !is_encoder(c.attn_type)), at("kv_cache_dtype"),
-      [&] {
-        return fmt::format("auto or {}{}", to_string(c.dtype),
-                           is_encoder(c.attn_type) ? "" : ", fp8_e4m3 or fp8_e5m2");
-      },
-      c.kv_cache_dtype);
-  check_kv_scales(c, is_fp8(stored));
-  if (c.scale) {
-    check::require(std::isfinite(*c.scale) && *c.scale > 0.0F, at("scale"), "finite and > 0",
-                   *c.scale);
-  }
-  check::require(std::isfinite(c.softcap) && c.softcap >= 0.0F, at("softcap"), "finite and >= 0",
-                 c.softcap);
-  if (c.sliding_window) {
-    check::require(*c.sliding_window >= 1, at("sliding_window"), "unset or >= 1",
-                   *c.sliding_window);
-  }
-  if (is_cross(c.attn_type)) {
-    // Both depend on the place of a query among its keys, and cross attention has none.
-    check::require(!c.sliding_window, at("sliding_window"), "unset for encoder_decoder",
-                   c.sliding_window.value_or(0));
-    check::require(c.alibi_slopes.empty(), at("alibi_slopes"), "none for encoder_decoder",
-                   c.alibi_slopes.size());
-  }
-  check::require(!c.shares_kv_cache || !is_encoder(c.attn_type), at("shares_kv_cache"),
-                 "false for an encoder, which has no cache", "true");
-  const auto& slopes = c.alibi_slopes;
-  check::require(
-      slopes.empty() || slopes.size() == static_cast<std::size_t>(c.num_q_heads),
-      at("alibi_slopes"),
-      [&] { return fmt::format("none or {}, one a query head", c.num_q_heads); }, slopes.size());
-  for (std::size_t h = 0; h < slopes.size(); ++h) {
-    check::require(std::isfinite(slopes[h]), at("alibi_slopes"), "finite slopes",
-                   [&] { return fmt::format("{} at index {}", slopes[h], h); });
-  }
-  check::require(
-      c.sinks.empty() || c.sinks.size() == static_cast<std::size_t>(c.num_q_heads), at("sinks"),
-      [&] { return fmt::format("none or {}, one a query head", c.num_q_heads); }, c.sinks.size());
-  for (std::size_t h = 0; h < c.sinks.size(); ++h) {
-    check::require(c.sinks[h] < std::numeric_limits<float>::infinity(), at("sinks"),
-                   "finite or -infinity",
-                   [&] { return fmt::format("{} at index {}", c.sinks[h], h); });
-  }
-}
 
 /// Fills every row with what a row without keys gives. Runs once per layer at start-up.
 void fill_profiling_output(const TensorView& output, const TensorView& lse) {
@@ -108,9 +37,8 @@ void fill_profiling_output(const TensorView& output, const TensorView& lse) {
 
 class FlashAttnImpl final : public Impl {
  public:
-  explicit FlashAttnImpl(const ImplConfig& config) : config_(config) {
-    check_config(config_);
-    cache_dtype_ = resolve_kv_cache_dtype(config_.kv_cache_dtype, config_.dtype).value();
+  explicit FlashAttnImpl(const ImplConfig& config)
+      : config_(config), stored_(check_config(config)) {
     const auto per_head = [&](std::vector<float>& scales) {
       const float one = scales.empty() ? 1.0F : scales[0];
       if (scales.size() < 2) scales.assign(static_cast<std::size_t>(config_.num_kv_heads), one);
@@ -133,21 +61,22 @@ class FlashAttnImpl final : public Impl {
     check_tensors(args, m);
 
     Executor& executor = args.executor != nullptr ? *args.executor : default_executor();
+    const bool writes = m.num_new_keys > 0 && writes_cache(args, m);
+    if (is_int8_level(stored_.format)) {
+      Int8Layer(config_, params(m), args, m).forward(writes, executor);
+      return;
+    }
+    // A step may bring encoder rows and no query.
     if (m.num_tokens == 0) {
-      // A step may bring encoder rows and no query.
-      if (m.num_new_keys > 0 && writes_cache(args, m)) {
-        reshape_and_cache_flash(cache_args(args, m), &executor);
-      }
+      if (writes) write_cache(args, m, executor);
       return;
     }
     const FlashAttnVarlenArgs attention = attention_args(args, m);
-    if (!writes_cache(args, m)) {
-      flash_attn_varlen(attention, *m.plan, args.workspace, executor);
-      return;
+    if (writes) {
+      // Nothing may be written if the attention's arguments are wrong: they are checked first.
+      validate(attention, *m.plan, args.workspace, executor);
+      write_cache(args, m, executor);
     }
-    // Nothing may be written if the attention's arguments are wrong: they are checked first.
-    validate(attention, *m.plan, args.workspace, executor);
-    reshape_and_cache_flash(cache_args(args, m), &executor);
     flash_attn_varlen(attention, *m.plan, args.workspace, executor);
   }
 
@@ -166,6 +95,9 @@ class FlashAttnImpl final : public Impl {
         m->attn_type == config_.attn_type, kWhere,
         [&] { return fmt::format("attention type {}", to_string(config_.attn_type)); },
         to_string(m->attn_type));
+    check::require(
+        m->format == stored_.format, kWhere,
+        [&] { return fmt::format("a {} cache", to_string(stored_.format)); }, to_string(m->format));
     const AttentionPlan& plan = *m->plan;
     const auto heads = [](int q, int kv, int size) {
       return fmt::format("{} query heads, {} kv heads, head_size {}", q, kv, size);
@@ -216,11 +148,42 @@ class FlashAttnImpl final : public Impl {
     if (!config_.shares_kv_cache) check_new_keys(args, m);
     if (encoder) return;
     const check::Where where{kForwardOp, "kv_cache"};
-    check::tensor(where, args.kv_cache, 5, {cache_dtype_});
-    check::shape(where, args.kv_cache,
-                 {2, -1, m.block_size, config_.num_kv_heads, config_.head_size});
+    check::tensor(where, args.kv_cache, 5, {stored_.dtype});
+    if (is_int8_level(stored_.format)) {
+      const int planes = stored_.format == KvFormat::int8_level2 ? 3 : 2;
+      check::shape(where, args.kv_cache,
+                   {planes, -1, config_.num_kv_heads, m.block_size, config_.head_size});
+    } else {
+      check::shape(where, args.kv_cache,
+                   {2, -1, m.block_size, config_.num_kv_heads, config_.head_size});
+    }
     check::unit_last_stride(where, args.kv_cache);
     check::distinct_elements(where, args.kv_cache);
+    check_scale_cache(args, m);
+  }
+
+  void check_scale_cache(const ForwardArgs& args, const FlashAttnMetadata& m) const {
+    const check::Where where{kForwardOp, "kv_scale_cache"};
+    const TensorView& scales = args.kv_scale_cache;
+    if (stored_.format == KvFormat::plain) {
+      check::require(!scales.defined(), where, "undefined: the cache has no scales", "a tensor");
+      return;
+    }
+    const std::int64_t blocks = args.kv_cache.shape[1];
+    if (is_int8_level(stored_.format)) {
+      check::tensor(where, scales, 3, {DType::f32});
+      check::shape(where, scales, {blocks, config_.num_kv_heads, m.block_size});
+    } else {
+      check::tensor(where, scales, 4, {DType::f32});
+      check::shape(where, scales, {2, blocks, m.block_size, config_.num_kv_heads});
+    }
+    check::distinct_elements(where, scales);
+    for (const auto& [name, t] :
+         {std::pair<const char*, ConstTensorView>{"kv_cache", args.kv_cache},
+          {"output", args.output},
+          {"lse", args.lse}}) {
+      if (t.defined()) check::no_overlap(where, scales, name, t);
+    }
   }
 
   void check_new_keys(const ForwardArgs& args, const FlashAttnMetadata& m) const {
@@ -251,25 +214,35 @@ class FlashAttnImpl final : public Impl {
       a.v = args.kv_cache.select(0, 1);
       a.block_table = m.block_table;
     }
-    if (is_fp8(cache_dtype_)) {
+    if (is_fp8(stored_.dtype)) {
       a.k_descale = per_request(config_.k_scale, m.num_reqs);
       a.v_descale = per_request(config_.v_scale, m.num_reqs);
     }
-    a.params.scale = config_.scale;
-    a.params.causal = m.causal;
-    a.params.window_left = m.window_left;
-    a.params.window_right = m.window_right;
-    a.params.softcap = config_.softcap;
+    if (stored_.format == KvFormat::int8_per_token_head) {
+      a.k_token_scale = args.kv_scale_cache.select(0, 0);
+      a.v_token_scale = args.kv_scale_cache.select(0, 1);
+    }
+    a.params = params(m);
+    return a;
+  }
+
+  AttentionParams params(const FlashAttnMetadata& m) const {
+    AttentionParams p;
+    p.scale = config_.scale;
+    p.causal = m.causal;
+    p.window_left = m.window_left;
+    p.window_right = m.window_right;
+    p.softcap = config_.softcap;
     if (!config_.alibi_slopes.empty()) {
-      a.params.alibi_slopes =
+      p.alibi_slopes =
           ConstTensorView(config_.alibi_slopes.data(), DType::f32, {config_.num_q_heads});
-      a.params.alibi_sqrt = config_.use_alibi_sqrt;
+      p.alibi_sqrt = config_.use_alibi_sqrt;
     }
     if (!config_.sinks.empty()) {
-      a.params.sinks = ConstTensorView(config_.sinks.data(), DType::f32, {config_.num_q_heads});
-      a.params.lse_includes_sink = config_.lse_includes_sink;
+      p.sinks = ConstTensorView(config_.sinks.data(), DType::f32, {config_.num_q_heads});
+      p.lse_includes_sink = config_.lse_includes_sink;
     }
-    return a;
+    return p;
   }
 
   /// The same scales for every request.
@@ -279,6 +252,22 @@ class FlashAttnImpl final : public Impl {
     return view;
   }
 
+  void write_cache(const ForwardArgs& args, const FlashAttnMetadata& m, Executor& executor) const {
+    if (stored_.format != KvFormat::int8_per_token_head) {
+      reshape_and_cache_flash(cache_args(args, m), &executor);
+      return;
+    }
+    ReshapeAndCachePerTokenHeadArgs a;
+    a.key = args.key.slice(0, 0, m.num_new_keys);
+    a.value = args.value.slice(0, 0, m.num_new_keys);
+    a.key_cache = args.kv_cache.select(0, 0);
+    a.value_cache = args.kv_cache.select(0, 1);
+    a.key_scale_cache = args.kv_scale_cache.select(0, 0);
+    a.value_scale_cache = args.kv_scale_cache.select(0, 1);
+    a.slot_mapping = ConstTensorView(m.slot_mapping.data(), DType::i64, {m.num_new_keys});
+    reshape_and_cache_int8_per_token_head(a, &executor);
+  }
+
   ReshapeAndCacheFlashArgs cache_args(const ForwardArgs& args, const FlashAttnMetadata& m) const {
     ReshapeAndCacheFlashArgs a;
     a.key = args.key.slice(0, 0, m.num_new_keys);
@@ -286,7 +275,7 @@ class FlashAttnImpl final : public Impl {
     a.key_cache = args.kv_cache.select(0, 0);
     a.value_cache = args.kv_cache.select(0, 1);
     a.slot_mapping = ConstTensorView(m.slot_mapping.data(), DType::i64, {m.num_new_keys});
-    if (is_fp8(cache_dtype_)) {
+    if (is_fp8(stored_.dtype)) {
       a.k_scale = ConstTensorView(config_.k_scale.data(), DType::f32, {config_.num_kv_heads});
       a.v_scale = ConstTensorView(config_.v_scale.data(), DType::f32, {config_.num_kv_heads});
     }
@@ -294,7 +283,7 @@ class FlashAttnImpl final : public Impl {
   }
 
   ImplConfig config_;  ///< k_scale and v_scale as one value a kv head
-  DType cache_dtype_ = DType::bf16;
+  StoredKv stored_;
   int window_left_ = -1;
   int window_right_ = -1;
 };

@@ -7,6 +7,7 @@
 #include "attend/backend/backend.h"
 #include "attend/batch/split.h"
 #include "attend/plan/attention_plan.h"
+#include "backends/flash_attn/int8_scratch.h"
 
 namespace attend::flash_attn {
 
@@ -37,7 +38,12 @@ struct FlashAttnMetadata final : Metadata {
   ConstTensorView block_table;  ///< i32 [num_reqs, max_blocks], not owned; undefined for encoders
   std::vector<std::int64_t> slot_mapping;  ///< [num_new_keys], or empty: nothing to write
 
-  std::size_t workspace_bytes() const noexcept override { return plan->workspace_bytes; }
+  KvFormat format = KvFormat::plain;
+  Int8Scratch int8_scratch;  ///< of the int8 levels
+
+  std::size_t workspace_bytes() const noexcept override {
+    return plan->workspace_bytes + int8_scratch.bytes();
+  }
 };
 
 }  // namespace attend::flash_attn

@@ -175,7 +175,7 @@ class FlashAttnBackendCase final : public Case {
     blocks_.emplace(rng, shape_.seq_lens, untouched_slots(), spec_.block_size, false);
     spec_.num_blocks = blocks_->num_blocks;
     Layout physical;
-    physical.order = backend_.kv_cache_stride_order(layout_, spec_.num_layers > 0);
+    physical.order = backend_.kv_cache_stride_order(layout_, spec_.num_layers > 0, spec_.format);
     cache_ = Storage(rng, spec_.dtype, backend_.kv_cache_shape(spec_), physical);
     for (int r = 0; r < shape_.num_reqs(); ++r) {
       for (std::int64_t j = shape_.first_visible_key(r); j < first_new_key(r); ++j) {
