@@ -9,6 +9,7 @@
 #include "attend/core/workspace.h"
 #include "attend/ops/attention.h"
 #include "attend/oracle/attention.h"
+#include "attend/plan/cascade.h"
 #include "bench/harness.h"
 #include "bench/random_fill.h"
 
@@ -22,7 +23,9 @@ struct Shape {
   DType dtype, kv_dtype;
   int batch, query_len, seq_len;
   int num_q_heads, num_kv_heads, head_dim;
-  int block_size;  // 0 = ragged keys and values
+  int block_size;       // 0 = ragged keys and values
+  int shared_keys = 0;  // paged: the first keys of all requests are the same blocks
+  bool flat = false;    // each request attends to shared keys for itself, whatever would be faster
 };
 
 constexpr Shape kShapes[] = {
@@ -40,6 +43,21 @@ constexpr Shape kShapes[] = {
      DType::bf16, DType::fp8_e4m3, 4, 1, 32768, 32, 4, 128, 128},
     {"decode_fp8_e5m2_gqa8_d128_32k", "the same with fp8_e5m2 keys and values", Bound::memory,
      DType::bf16, DType::fp8_e5m2, 4, 1, 32768, 32, 4, 128, 128},
+    {"cascade_decode_prefix8k_b64",
+     "one token for each of 64 requests that share 8192 keys and have 128 of their own, 32 heads, "
+     "blocks of 128",
+     Bound::compute, DType::bf16, DType::bf16, 64, 1, 8320, 32, 32, 128, 128, 8192},
+    {"cascade_decode_prefix8k_b64_flat", "the same, each request for itself", Bound::memory,
+     DType::bf16, DType::bf16, 64, 1, 8320, 32, 32, 128, 128, 8192, true},
+    {"cascade_decode_prefix8k_b64_gqa8", "32 query and 4 kv heads: arithmetic binds either way",
+     Bound::compute, DType::bf16, DType::bf16, 64, 1, 8320, 32, 4, 128, 128, 8192},
+    {"cascade_decode_prefix8k_b64_gqa8_flat", "the same, each request for itself", Bound::compute,
+     DType::bf16, DType::bf16, 64, 1, 8320, 32, 4, 128, 128, 8192, true},
+    {"cascade_decode_prefix128_b8",
+     "8 requests of 1024 keys that share 128, 32 query and 4 kv heads: too few keys to gain",
+     Bound::memory, DType::bf16, DType::bf16, 8, 1, 1024, 32, 4, 128, 128, 128},
+    {"cascade_decode_prefix128_b8_flat", "the same, each request for itself", Bound::memory,
+     DType::bf16, DType::bf16, 8, 1, 1024, 32, 4, 128, 128, 128, true},
     {"single_token_128", "one token, 128 keys, 32 query and 8 kv heads, bf16: latency",
      Bound::memory, DType::bf16, DType::bf16, 1, 1, 128, 32, 8, 128, 32},
 };
@@ -48,7 +66,8 @@ class AttentionProblem : public Problem {
  public:
   AttentionProblem(const Shape& shape, Executor& executor) : s_(shape), executor_(executor) {
     const std::int64_t tokens = std::int64_t{s_.batch} * s_.query_len;
-    const std::int64_t keys = std::int64_t{s_.batch} * s_.seq_len;
+    const std::int64_t own_keys = std::int64_t{s_.batch} * (s_.seq_len - s_.shared_keys);
+    const std::int64_t keys = s_.shared_keys + own_keys;
     const auto elem = static_cast<std::int64_t>(size_of(s_.dtype));
     q_count_ = tokens * s_.num_q_heads * s_.head_dim;
     kv_count_ = keys * s_.num_kv_heads * s_.head_dim;
@@ -64,7 +83,9 @@ class AttentionProblem : public Problem {
   void run() override { flash_attn_varlen(args_, plan_, workspace_.workspace(), executor_); }
   double flops() const override { return 4.0 * pairs() * s_.head_dim * s_.num_q_heads; }
   double bytes() const override {
-    return static_cast<double>(2 * kv_count_) * static_cast<double>(size_of(s_.kv_dtype));
+    const std::int64_t again = s_.flat ? std::int64_t{s_.batch - 1} * s_.shared_keys : 0;
+    return static_cast<double>(2 * (kv_count_ + again * s_.num_kv_heads * s_.head_dim)) *
+           static_cast<double>(size_of(s_.kv_dtype));
   }
 
   std::string verify() const override {
@@ -109,17 +130,27 @@ class AttentionProblem : public Problem {
       return;
     }
     const std::int64_t blocks = keys / s_.block_size;
-    table_.resize(static_cast<std::size_t>(blocks));
-    std::iota(table_.begin(), table_.end(), 0);
-    for (std::size_t i = table_.size() - 1; i > 0; --i)
-      std::swap(table_[i], table_[hash64(i) % (i + 1)]);
+    make_table(blocks);
     const auto hnd = [&](const Buffer& b) {
       return ConstTensorView{b.data(), s_.kv_dtype, {blocks, s_.num_kv_heads, s_.block_size, d}}
           .permute({0, 2, 1, 3});
     };
     args_.k = hnd(k_);
     args_.v = hnd(v_);
-    args_.block_table = {table_.data(), DType::i32, {s_.batch, blocks / s_.batch}};
+    args_.block_table = {table_.data(), DType::i32, {s_.batch, s_.seq_len / s_.block_size}};
+  }
+
+  /// Shuffled blocks: the shared ones first, then those of one request after the other.
+  void make_table(std::int64_t blocks) {
+    std::vector<std::int32_t> ids(static_cast<std::size_t>(blocks));
+    std::iota(ids.begin(), ids.end(), 0);
+    for (std::size_t i = ids.size() - 1; i > 0; --i) std::swap(ids[i], ids[hash64(i) % (i + 1)]);
+    const int width = s_.seq_len / s_.block_size, shared = s_.shared_keys / s_.block_size;
+    for (int r = 0; r < s_.batch; ++r)
+      for (int b = 0; b < width; ++b) {
+        const int at = b < shared ? b : r * (width - shared) + b;
+        table_.push_back(ids[static_cast<std::size_t>(at)]);
+      }
   }
 
   void make_plan() {
@@ -130,6 +161,14 @@ class AttentionProblem : public Problem {
     in.num_kv_heads = s_.num_kv_heads;
     in.head_dim_qk = in.head_dim_v = s_.head_dim;
     in.num_workers = executor_.num_workers();
+    CascadeInput cascade;
+    cascade.mode = s_.flat ? CascadeMode::off : CascadeMode::automatic;
+    cascade.batch = in;
+    cascade.block_table = args_.block_table;
+    cascade.block_size = s_.block_size;
+    cascade.kv_dtype = s_.kv_dtype;
+    const CascadeDecision decision = decide_cascade(cascade);
+    in.shared_prefixes = decision.prefixes;
     plan_ = plan_attention(in);
     workspace_ = Buffer(plan_.workspace_bytes);
   }
