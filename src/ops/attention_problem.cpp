@@ -319,22 +319,26 @@ void run_plan(const cpu::AttentionProblem& problem, const AttentionPlan& plan, W
   std::atomic<std::size_t> next{0};
   const auto work = [&](int worker) {
     const cpu::KernelWorkspace ws = worker_workspace(worker);
-    for (std::size_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < plan.units.size();)
+    for (std::size_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < plan.units.size();) {
+      if (!is_work(plan.units[i])) return;
       run_unit(problem, plan.units[i], ws);
+    }
   };
   if (plan.units.size() <= 1) {
     work(0);
   } else {
     executor.run(work);
   }
-  if (plan.reductions.empty()) return;
+  if (plan.reductions.empty() || !is_work(plan.reductions.front())) return;
   next = 0;
   const cpu::ReduceFn reduce = kernel.reduce(problem.out_dtype);
   executor.run([&](int worker) {
     const cpu::KernelWorkspace ws = worker_workspace(worker);
     for (std::size_t i;
-         (i = next.fetch_add(1, std::memory_order_relaxed)) < plan.reductions.size();)
+         (i = next.fetch_add(1, std::memory_order_relaxed)) < plan.reductions.size();) {
+      if (!is_work(plan.reductions[i])) return;
       reduce(problem, plan.reductions[i], ws);
+    }
   });
 }
 

@@ -20,10 +20,11 @@ constexpr std::array<std::pair<CascadeMode, std::string_view>, 4> kModes = {{
     {CascadeMode::always, "always"},
 }};
 
-constexpr std::array<std::pair<CascadeReason, std::string_view>, 14> kReasons = {{
+constexpr std::array<std::pair<CascadeReason, std::string_view>, 15> kReasons = {{
     {CascadeReason::off, "switched off"},
     {CascadeReason::no_block_table, "there is no block table"},
     {CascadeReason::encoder_keys, "keys of encoders are attended to by each request for itself"},
+    {CascadeReason::captured, "a plan made ahead of time has no room for shared prefixes"},
     {CascadeReason::nothing_shared, "no two requests begin with the same 256 cached keys"},
     {CascadeReason::no_gain, "attending flat is expected to be as fast"},
     {CascadeReason::gain, "expected to be faster"},

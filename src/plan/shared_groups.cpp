@@ -6,8 +6,19 @@
 namespace attend::plan {
 namespace {
 
+/// Most query rows of a kv head that a request of a group has in the automatic mode.
+constexpr std::int64_t kMostRows = 256;
+
+bool may_share(const CascadeInput& in, std::size_t r) {
+  const AttentionPlanInput& b = in.batch;
+  const std::int64_t tokens = b.query_start_loc[r + 1] - b.query_start_loc[r];
+  return in.mode != CascadeMode::automatic ||
+         tokens * (b.num_q_heads / b.num_kv_heads) <= kMostRows;
+}
+
 /// Whole pieces in the blocks that requests r and r + 1 both begin with.
 std::int32_t pieces_alike(const CascadeInput& in, std::size_t r) {
+  if (!may_share(in, r) || !may_share(in, r + 1)) return 0;
   const ConstTensorView& table = in.block_table;
   const std::int32_t* a =
       table.as<std::int32_t>() + static_cast<std::int64_t>(r) * table.strides[0];

@@ -14,7 +14,8 @@ struct SharedGroup {
 };
 
 /// Finds groups of at least two requests, largest first: visits the group of [begin, end), then
-/// those inside of it, which share more.
+/// those inside of it, which share more. In the automatic mode requests with many queries are in no
+/// group: they read keys for many rows anyway, and would store partial results for all of those.
 class SharedGroups {
  public:
   /// @pre `input` as in decide_cascade, with a block table.

@@ -13,6 +13,7 @@
 #include "attend/core/executor.h"
 #include "attend/core/tensor_view.h"
 #include "attend/core/workspace.h"
+#include "attend/plan/aot_plan.h"
 #include "attend/plan/cascade.h"
 
 /// The interface that every attention back end implements: capability (data), metadata builder
@@ -89,6 +90,8 @@ struct BuilderConfig {
   /// Whether requests that share a prefix attend to it once; a back end may do without.
   CascadeMode cascade = CascadeMode::automatic;
   bool use_alibi = false;  ///< the layers have ALiBi slopes; only CascadeMode::vllm asks
+  AotLimits capture;       ///< room of what build_for_capture() makes; zeros = it is not called
+  int max_num_splits = 0;  ///< most parts along keys of a unit of work, 0 = as many as help
 };
 
 /// Result of a builder; each back end derives its own. Immutable once built, shared by all layers.
@@ -114,6 +117,16 @@ class MetadataBuilder {
   virtual std::unique_ptr<Metadata> update_block_table(
       const Metadata& m, const ConstTensorView& block_table,
       std::span<const std::int64_t> slot_mapping) const = 0;
+  /// Metadata with buffers of fixed sizes and addresses, for a call of Impl::forward() that is
+  /// captured and run again with other batches. `batch` is the first one.
+  /// @throws InvalidArgument; Unsupported unless graph_support() says that there is such a thing.
+  virtual std::unique_ptr<Metadata> build_for_capture(const CommonMetadata& batch);
+  /// Puts another batch, within BuilderConfig::capture, into metadata of build_for_capture(), or
+  /// into a copy that update_block_table() made of it, together with the batch's block table and
+  /// slots. workspace_bytes() stays. Allocates nothing. Copies share one plan: a batch is in all of
+  /// them or in none when they are used. Layers must not be running.
+  /// @throws as build_for_capture(), and leaves `m` as it was.
+  virtual void refresh(Metadata& m, const CommonMetadata& batch) const;
   /// Longest query (inclusive) that the back end treats as decode; nullopt = batch order is free.
   virtual std::optional<int> reorder_batch_threshold() const noexcept { return std::nullopt; }
   virtual GraphSupport graph_support() const noexcept { return GraphSupport::never; }

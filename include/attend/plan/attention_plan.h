@@ -36,7 +36,8 @@ struct AttentionPlanInput {
   int window_left = -1;                          ///< keys visible before the diagonal; -1 = all
   int window_right = -1;                         ///< keys visible after it; -1 = all (0 if causal)
   int num_workers = 1;                           ///< workers of the executor that will run the plan
-  std::optional<IsaLevel> isa;                   ///< kernel level; unset = active_isa()
+  int max_num_splits = 0;       ///< most parts along keys of a unit: 0 = as many as help, 1 = none
+  std::optional<IsaLevel> isa;  ///< kernel level; unset = active_isa()
   /// Prefixes to attend to once for all requests that share them, or empty. Each lies beside those
   /// before it, or inside of one of them and is longer. The bits of no row depend on them.
   std::span<const SharedPrefix> shared_prefixes;
@@ -73,6 +74,10 @@ struct Reduction {
   std::int32_t run_begin, run_end;  ///< indices of AttentionPlan::partial_runs
 };
 
+/// Whether a unit or reduction is any work at all.
+constexpr bool is_work(const WorkUnit& u) noexcept { return u.q_begin < u.q_end; }
+constexpr bool is_work(const Reduction& r) noexcept { return r.q_begin < r.q_end; }
+
 /// Host-built schedule of one batch; a value, free of any device. Made once per batch, used by
 /// every layer of the same shape. An op refuses a plan that was made for other shapes.
 struct AttentionPlan {
@@ -82,10 +87,11 @@ struct AttentionPlan {
   std::vector<std::uint8_t> request_causal;   ///< [B]
   int num_q_heads = 0, num_kv_heads = 0, head_dim_qk = 0, head_dim_v = 0;
   int window_left = -1, window_right = -1;
-  int num_workers = 1;
+  int num_workers = 1, max_num_splits = 0;
   IsaLevel isa = IsaLevel::scalar;
 
-  std::vector<WorkUnit> units;        ///< largest first
+  /// Largest first. Those of an AotPlan end with units and reductions of zeros, which are no work.
+  std::vector<WorkUnit> units;
   std::vector<Reduction> reductions;  ///< run after all units
   std::vector<PartialRun> partial_runs;
   std::vector<SharedPrefix> shared_prefixes;  ///< as given; an op checks them against its blocks

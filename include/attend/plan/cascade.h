@@ -28,6 +28,7 @@ enum class CascadeReason : std::uint8_t {
   off,
   no_block_table,
   encoder_keys,       ///< cross attention
+  captured,           ///< a plan made ahead of time
   nothing_shared,     ///< no two requests with queries have the same blocks for a whole piece
   no_gain,            ///< automatic: flat attention is expected to be as fast
   gain,               ///< automatic: expected to be faster
@@ -67,8 +68,10 @@ struct CascadeDecision {
 /// The decision in one line.
 std::string describe(const CascadeDecision& decision);
 
-/// Decides. Automatic and always look for requests next to each other whose block tables begin
-/// alike, groups inside of groups included.
+/// Decides. Sharing needs room for partial results in the workspace: those of every row of a
+/// request that shares something, one for what is shared and one for each 256 keys of its own.
+/// Automatic and always look for requests next to each other whose block tables begin alike, groups
+/// inside of groups included.
 CascadeDecision decide_cascade(const CascadeInput& input);
 
 }  // namespace attend

@@ -15,6 +15,8 @@ namespace {
 
 constexpr std::string_view kMakeOp = "FLASH_ATTN.make_builder";
 constexpr std::string_view kBuildOp = "FLASH_ATTN.build";
+constexpr std::string_view kCaptureOp = "FLASH_ATTN.build_for_capture";
+constexpr std::string_view kRefreshOp = "FLASH_ATTN.refresh";
 constexpr std::string_view kUpdateOp = "FLASH_ATTN.update_block_table";
 constexpr int kMaxSpeculativeTokens = 1 << 20;
 
@@ -46,32 +48,33 @@ void check_config(const BuilderConfig& c) {
       [] { return fmt::format("a number from 0 to {}", kMaxSpeculativeTokens); },
       c.num_speculative_tokens);
   check::require(c.num_workers >= 1, at("num_workers"), "a number >= 1", c.num_workers);
+  check::require(c.max_num_splits >= 0, at("max_num_splits"), "a number >= 0", c.max_num_splits);
 }
 
-/// Checks the form of a table that `plan` will be run with; the op, which reads the block ids,
+/// Checks the form of a table for requests of these lengths; the op, which reads the block ids,
 /// checks those.
-void check_block_table(std::string_view op, const ConstTensorView& table, const AttentionPlan& plan,
-                       int block_size) {
-  if (plan.num_reqs() == 0) return;
+void check_block_table(std::string_view op, const ConstTensorView& table,
+                       std::span<const std::int32_t> seq_lens, int block_size) {
+  if (seq_lens.empty()) return;
   const check::Where where{op, "block_table"};
   check::tensor(where, table, 2, {DType::i32});
   check::unit_last_stride(where, table);
-  const std::int64_t longest = *std::max_element(plan.seq_lens.begin(), plan.seq_lens.end());
+  const std::int64_t longest = *std::max_element(seq_lens.begin(), seq_lens.end());
   const std::int64_t width = (longest + block_size - 1) / block_size;
   check::require(
-      table.shape[0] >= plan.num_reqs() && table.shape[1] >= width, where,
+      std::cmp_greater_equal(table.shape[0], seq_lens.size()) && table.shape[1] >= width, where,
       [&] {
         return fmt::format(
             "at least {} rows and {} columns (the longest request has {} keys in "
             "blocks of {})",
-            plan.num_reqs(), width, longest, block_size);
+            seq_lens.size(), width, longest, block_size);
       },
       [&] { return describe(table); });
 }
 
 /// The first `num_rows` slots, or none; each -1 or a row of the cache.
-std::vector<std::int64_t> checked_slots(check::Where where, std::span<const std::int64_t> slots,
-                                        int num_rows, const KvCacheSpec& cache) {
+std::span<const std::int64_t> checked_slots(check::Where where, std::span<const std::int64_t> slots,
+                                            int num_rows, const KvCacheSpec& cache) {
   if (slots.empty()) return {};
   const auto count = static_cast<std::size_t>(num_rows);
   check::require(
@@ -84,7 +87,13 @@ std::vector<std::int64_t> checked_slots(check::Where where, std::span<const std:
         [&] { return fmt::format("slots from -1 to {}", capacity - 1); },
         [&] { return fmt::format("{} at index {}", slots[i], i); });
   }
-  return {slots.begin(), slots.begin() + static_cast<std::ptrdiff_t>(count)};
+  return slots.first(count);
+}
+
+/// The first `count` entries of a field that may be padded or empty.
+template <typename T>
+std::span<const T> first_of(const std::vector<T>& field, int count) {
+  return std::span(field).first(std::min(field.size(), static_cast<std::size_t>(count)));
 }
 
 class FlashAttnBuilder final : public MetadataBuilder {
@@ -92,48 +101,43 @@ class FlashAttnBuilder final : public MetadataBuilder {
   explicit FlashAttnBuilder(const BuilderConfig& config) : config_(config) { check_config(config); }
 
   /// The plan is quick already: `fast_build` changes nothing.
-  std::unique_ptr<Metadata> build(int common_prefix_len, const CommonMetadata& padded,
+  std::unique_ptr<Metadata> build(int common_prefix_len, const CommonMetadata& batch,
                                   bool /*fast_build*/) override {
-    const bool encoder = is_encoder(config_.attn_type);
-    const bool cross = is_cross(config_.attn_type);
-    // The table of cross attention holds encoder keys: its width has nothing to do with seq_lens.
-    padded.validate(encoder || cross ? 0 : config_.cache.block_size);
-    const CommonMetadata batch = padded.unpadded(padded.num_tokens, padded.num_reqs);
+    check_batch(kBuildOp, batch);
     check_common_prefix(common_prefix_len, batch);
-    if (encoder) check_no_context(batch);
-    if (cross) check_encoder_fields(batch);
-
     auto metadata = std::make_unique<FlashAttnMetadata>();
-    AttentionPlanInput input = plan_input(batch);
+    AttentionPlanInput input = plan_input(kBuildOp, batch);
     metadata->cascade = decide(input, batch, common_prefix_len);
     input.shared_prefixes = metadata->cascade.prefixes;
     metadata->plan = std::make_shared<const AttentionPlan>(plan_attention(input));
-    metadata->attn_type = config_.attn_type;
-    metadata->causal = !encoder && !cross && batch.causal;
-    metadata->all_causal = !encoder && !cross && all_causal(batch);
-    metadata->window_left = config_.window_left;
-    metadata->window_right = config_.window_right;
-    metadata->num_reqs = batch.num_reqs;
-    metadata->num_tokens = batch.num_tokens;
-    metadata->num_new_keys =
-        cross ? static_cast<int>(batch.encoder_slot_mapping.size()) : batch.num_tokens;
-    metadata->format = config_.cache.format;
-    if (is_int8_level(metadata->format)) {
-      metadata->int8_scratch =
-          Int8Scratch(metadata->num_tokens, metadata->num_new_keys,
-                      {config_.num_q_heads, config_.cache.num_kv_heads, config_.cache.head_size});
-    }
-    metadata->split =
-        split_decodes_and_prefills(batch, {.decode_threshold = *reorder_batch_threshold()});
-    if (encoder) return metadata;
-    check_block_table(kBuildOp, batch.block_table, *metadata->plan, config_.cache.block_size);
-    metadata->block_size = config_.cache.block_size;
-    metadata->block_table = batch.block_table;
-    metadata->slot_mapping =
-        checked_slots({kBuildOp, cross ? "encoder_slot_mapping" : "slot_mapping"},
-                      cross ? batch.encoder_slot_mapping : batch.slot_mapping,
-                      metadata->num_new_keys, config_.cache);
+    set_batch(*metadata, batch);
     return metadata;
+  }
+
+  std::unique_ptr<Metadata> build_for_capture(const CommonMetadata& batch) override {
+    std::vector<std::string> reasons;
+    if (config_.capture.max_reqs == 0) reasons.emplace_back("BuilderConfig::capture is not set");
+    if (config_.attn_type != AttentionType::decoder)
+      reasons.emplace_back("only decoder layers are captured");
+    if (!reasons.empty()) throw Unsupported(kCaptureOp, std::move(reasons));
+    auto metadata = std::make_unique<FlashAttnMetadata>();
+    metadata->aot =
+        std::make_shared<AotPlan>(plan_input(kCaptureOp, CommonMetadata()), config_.capture);
+    metadata->plan = {metadata->aot, &metadata->aot->plan()};
+    metadata->cascade.reason = CascadeReason::captured;
+    metadata->slot_mapping.reserve(static_cast<std::size_t>(config_.capture.max_tokens));
+    refresh(*metadata, batch);
+    return metadata;
+  }
+
+  void refresh(Metadata& m, const CommonMetadata& batch) const override {
+    auto* captured = dynamic_cast<FlashAttnMetadata*>(&m);
+    check::require(captured != nullptr && captured->aot != nullptr, {kRefreshOp, "m"},
+                   "what a FLASH_ATTN builder made for a captured graph",
+                   captured == nullptr ? "another back end's" : "metadata of one batch");
+    check_batch(kRefreshOp, batch);
+    captured->aot->update(plan_input(kRefreshOp, batch));
+    set_batch(*captured, batch);
   }
 
   std::unique_ptr<Metadata> update_block_table(
@@ -143,10 +147,13 @@ class FlashAttnBuilder final : public MetadataBuilder {
     check::require(old != nullptr && !is_encoder(old->attn_type), {kUpdateOp, "m"},
                    "metadata of a FLASH_ATTN group with a cache",
                    old == nullptr ? "another back end's" : "an encoder's");
-    check_block_table(kUpdateOp, block_table, *old->plan, config_.cache.block_size);
-    auto updated = std::make_unique<FlashAttnMetadata>(*old);
-    updated->slot_mapping =
+    check_block_table(kUpdateOp, block_table, old->plan->seq_lens, config_.cache.block_size);
+    const auto slots =
         checked_slots({kUpdateOp, "slot_mapping"}, slot_mapping, old->num_new_keys, config_.cache);
+    auto updated = std::make_unique<FlashAttnMetadata>(*old);
+    if (updated->aot != nullptr)
+      updated->slot_mapping.reserve(static_cast<std::size_t>(updated->aot->limits().max_tokens));
+    updated->slot_mapping.assign(slots.begin(), slots.end());
     updated->block_size = config_.cache.block_size;
     updated->block_table =
         block_table.defined() ? block_table.slice(0, 0, old->num_reqs) : block_table;
@@ -158,16 +165,84 @@ class FlashAttnBuilder final : public MetadataBuilder {
     return updated;
   }
 
+  GraphSupport graph_support() const noexcept override {
+    const bool captures =
+        config_.capture.max_reqs > 0 && config_.attn_type == AttentionType::decoder;
+    return captures ? GraphSupport::always : GraphSupport::never;
+  }
+
   std::optional<int> reorder_batch_threshold() const noexcept override {
     return 1 + config_.num_speculative_tokens;
   }
 
  private:
-  AttentionPlanInput plan_input(const CommonMetadata& batch) const {
+  /// Everything about a batch that the plan does not check. Allocates nothing.
+  void check_batch(std::string_view op, const CommonMetadata& batch) const {
+    const bool encoder = is_encoder(config_.attn_type), cross = is_cross(config_.attn_type);
+    // The table of cross attention holds encoder keys: its width has nothing to do with seq_lens.
+    batch.validate(encoder || cross ? 0 : config_.cache.block_size);
+    if (encoder) return check_no_context(batch);
+    if (cross) check_encoder_fields(batch);
+    check_block_table(op, batch.block_table, key_lens(batch), config_.cache.block_size);
+    slots_of(op, batch);
+  }
+
+  /// Keys of each request.
+  std::span<const std::int32_t> key_lens(const CommonMetadata& batch) const {
+    return first_of(is_cross(config_.attn_type) ? batch.encoder_seq_lens : batch.seq_lens,
+                    batch.num_reqs);
+  }
+
+  /// Slots of the rows of key and value that the batch brings.
+  std::span<const std::int64_t> slots_of(std::string_view op, const CommonMetadata& batch) const {
+    const bool cross = is_cross(config_.attn_type);
+    return checked_slots({op, cross ? "encoder_slot_mapping" : "slot_mapping"},
+                         cross ? batch.encoder_slot_mapping : batch.slot_mapping,
+                         num_new_keys(batch), config_.cache);
+  }
+
+  int num_new_keys(const CommonMetadata& batch) const {
+    return is_cross(config_.attn_type) ? static_cast<int>(batch.encoder_slot_mapping.size())
+                                       : batch.num_tokens;
+  }
+
+  /// Fills in what depends on the batch, the plan and the cascade apart. @pre check_batch().
+  void set_batch(FlashAttnMetadata& m, const CommonMetadata& batch) const {
+    const bool decoder = config_.attn_type == AttentionType::decoder;
+    m.attn_type = config_.attn_type;
+    m.causal = decoder && batch.causal;
+    m.all_causal = decoder && all_causal(batch);
+    m.window_left = config_.window_left;
+    m.window_right = config_.window_right;
+    m.num_reqs = batch.num_reqs;
+    m.num_tokens = batch.num_tokens;
+    m.num_new_keys = num_new_keys(batch);
+    m.split = split_decodes_and_prefills(batch, {.decode_threshold = *reorder_batch_threshold()});
+    m.format = config_.cache.format;
+    if (is_int8_level(m.format)) {
+      const bool captured = m.aot != nullptr;  // then the workspace has one size for all batches
+      m.int8_scratch =
+          Int8Scratch(captured ? config_.capture.max_tokens : m.num_tokens,
+                      captured ? config_.capture.max_tokens : m.num_new_keys,
+                      {config_.num_q_heads, config_.cache.num_kv_heads, config_.cache.head_size});
+    }
+    if (is_encoder(config_.attn_type)) return;
+    m.block_size = config_.cache.block_size;
+    m.block_table = batch.block_table.defined() ? batch.block_table.slice(0, 0, batch.num_reqs)
+                                                : batch.block_table;
+    const auto slots = slots_of(kBuildOp, batch);
+    m.slot_mapping.assign(slots.begin(), slots.end());
+  }
+
+  /// What to plan for; `op` ends with a null character.
+  AttentionPlanInput plan_input(std::string_view op, const CommonMetadata& batch) const {
+    constexpr static std::int32_t kNoRequests[] = {0};
     AttentionPlanInput input;
-    input.op = kBuildOp.data();
-    input.query_start_loc = batch.query_start_loc;
-    input.seq_lens = is_cross(config_.attn_type) ? batch.encoder_seq_lens : batch.seq_lens;
+    input.op = op.data();
+    input.query_start_loc = batch.query_start_loc.empty()
+                                ? std::span<const std::int32_t>(kNoRequests)
+                                : first_of(batch.query_start_loc, batch.num_reqs + 1);
+    input.seq_lens = key_lens(batch);
     input.num_q_heads = config_.num_q_heads;
     input.num_kv_heads = config_.cache.num_kv_heads;
     input.head_dim_qk = config_.cache.head_size;
@@ -175,10 +250,11 @@ class FlashAttnBuilder final : public MetadataBuilder {
     input.window_left = config_.window_left;
     input.window_right = config_.window_right;
     input.num_workers = config_.num_workers;
+    input.max_num_splits = config_.max_num_splits;
     input.causal = false;
     if (config_.attn_type == AttentionType::decoder) {
       input.causal = batch.causal;
-      input.request_causal = batch.request_causal;
+      input.request_causal = first_of(batch.request_causal, batch.num_reqs);
     }
     return input;
   }
@@ -225,12 +301,13 @@ class FlashAttnBuilder final : public MetadataBuilder {
     input.window_left = plan.window_left;
     input.window_right = plan.window_right;
     input.num_workers = plan.num_workers;
+    input.max_num_splits = plan.max_num_splits;
     input.isa = plan.isa;
     return plan_attention(input);
   }
 
   static bool all_causal(const CommonMetadata& batch) {
-    const auto& each = batch.request_causal;
+    const auto each = first_of(batch.request_causal, batch.num_reqs);
     return each.empty() ? batch.causal
                         : std::all_of(each.begin(), each.end(), [](auto c) { return c != 0; });
   }
@@ -253,10 +330,9 @@ class FlashAttnBuilder final : public MetadataBuilder {
   }
 
   /// Cross attention needs the number of encoder keys of every request.
-  static void check_encoder_fields(const CommonMetadata& batch) {
+  void check_encoder_fields(const CommonMetadata& batch) const {
     check::require(
-        batch.encoder_seq_lens.size() == static_cast<std::size_t>(batch.num_reqs),
-        {kBuildOp, "encoder_seq_lens"},
+        std::cmp_equal(key_lens(batch).size(), batch.num_reqs), {kBuildOp, "encoder_seq_lens"},
         [&] { return fmt::format("{} entries, the keys of each request", batch.num_reqs); },
         batch.encoder_seq_lens.size());
     check::require(batch.encoder_slot_mapping.size() <=

@@ -24,6 +24,8 @@ constexpr bool is_cross(AttentionType t) noexcept { return t == AttentionType::e
 struct FlashAttnMetadata final : Metadata {
   /// Shared with the copies that update_block_table() makes for other cache groups.
   std::shared_ptr<const AttentionPlan> plan;
+  /// Of captured metadata: what `plan` points into. Null otherwise.
+  std::shared_ptr<AotPlan> aot;
   AttentionType attn_type = AttentionType::decoder;
   bool causal = true;      ///< of the batch; single requests may differ, see the plan
   bool all_causal = true;  ///< every request is causal: window_right has no effect
