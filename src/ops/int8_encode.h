@@ -60,6 +60,17 @@ float encode_row(const T* x, std::int64_t n, std::int8_t* codes) noexcept {
   return scale;
 }
 
+/// The same for x - mean.
+template <typename T>
+float encode_row_less(const T* x, const float* mean, std::int64_t n, std::int8_t* codes) noexcept {
+  std::uint32_t largest = 0;
+  for (std::int64_t i = 0; i < n; ++i)
+    largest = std::max(largest, magnitude_bits(to_f32(x[i]) - mean[i]));
+  const float scale = scale_of(largest);
+  for (std::int64_t i = 0; i < n; ++i) codes[i] = code_of(to_f32(x[i]) - mean[i], scale);
+  return scale;
+}
+
 /// Calls f(T{}) with the element type of `dtype`. @pre f32, f16 or bf16.
 template <typename F>
 void with_type(DType dtype, F&& f) {

@@ -70,6 +70,18 @@ void require_scale(const ScaledInt8QuantArgs& a) {
   check::no_overlap(where, a.scale, "output", a.output);
 }
 
+void require_mean(const ScaledInt8QuantArgs& a) {
+  if (!a.mean.defined()) return;
+  const check::Where where{kOp, "mean"};
+  check::require(a.mode == Int8QuantMode::per_token_head, where, "none in mode per_channel",
+                 [&] { return describe(a.mean); });
+  check::tensor(where, a.mean, 2, {DType::f32});
+  check::shape(where, a.mean, {a.input.shape[1], a.input.shape[2]});
+  check::contiguous(where, a.mean);
+  check::no_overlap({kOp, "output"}, a.output, "mean", a.mean);
+  check::no_overlap({kOp, "scale"}, a.scale, "mean", a.mean);
+}
+
 void validate(const ScaledInt8QuantArgs& a) {
   require_mode(a);
   check::tensor({kOp, "input"}, a.input, 3, {DType::f32, DType::f16, DType::bf16});
@@ -84,6 +96,7 @@ void validate(const ScaledInt8QuantArgs& a) {
   } else {
     require_scale(a);
   }
+  require_mean(a);
 }
 
 template <typename T>
@@ -104,7 +117,11 @@ void quantize_rows(const ScaledInt8QuantArgs& a, std::int64_t begin, std::int64_
   for (std::int64_t i = begin; i < end; ++i) {
     const std::int64_t t = i / heads;
     const std::int64_t h = i % heads;
-    const float s = int8::encode_row(input_row<T>(a, t, h), a.input.shape[2], output_row(a, t, h));
+    const T* row = input_row<T>(a, t, h);
+    const std::int64_t dim = a.input.shape[2];
+    const float s = a.mean.defined() ? int8::encode_row_less(row, a.mean.as<float>() + h * dim, dim,
+                                                             output_row(a, t, h))
+                                     : int8::encode_row(row, dim, output_row(a, t, h));
     scale[a.transpose_scale ? h * tokens + t : i] = s;
   }
 }

@@ -105,6 +105,42 @@ TEST_P(Int8Attention, ARequestAloneHasTheBitsThatItHasInABatch) {
   EXPECT_EQ(std::memcmp(batch.data(), alone.data(), alone.size() * sizeof(float)), 0);
 }
 
+TEST_P(Int8Attention, ASharedPrefixDoesNotChangeBits) {
+  Int8Problem p = make_problem(values());
+  // Requests 0 and 1 begin with the same 32 blocks of 16 keys: two pieces.
+  auto* table = p.blocks.table.view().as<std::int32_t>();
+  for (std::int64_t b = 0; b < 32; ++b)
+    table[p.blocks.table.offset({1, b})] = table[p.blocks.table.offset({0, b})];
+  const std::vector<std::int32_t> starts = p.shape.query_start_loc();
+  const SharedPrefix shared[] = {{0, 2, 512}};
+  AttentionPlanInput in;
+  in.query_start_loc = starts;
+  in.seq_lens = p.shape.seq_lens;
+  in.num_q_heads = p.shape.q_heads();
+  in.num_kv_heads = p.shape.kv_heads;
+  in.head_dim_qk = p.shape.head_dim;
+  in.head_dim_v = p.shape.head_dim_v;
+  in.num_workers = 2;
+  in.isa = isa();
+  const auto executor = make_thread_pool(2);
+  std::vector<float> flat;
+  for (const bool share : {false, true}) {
+    if (share) in.shared_prefixes = shared;
+    const AttentionPlan plan = plan_attention(in);
+    Buffer workspace(plan.workspace_bytes);
+    p.reset();
+    flash_attn_varlen_int8(p.args(), plan, workspace.workspace(), *executor);
+    const std::vector<float> out = rows(p.out.view(), 0, p.out.view().shape[0]);
+    if (flat.empty()) flat = out;
+    EXPECT_EQ(std::memcmp(flat.data(), out.data(), out.size() * sizeof(float)), 0) << share;
+  }
+  table[p.blocks.table.offset({1, 3})] = table[p.blocks.table.offset({0, 4})];
+  const AttentionPlan plan = plan_attention(in);
+  Buffer workspace(plan.workspace_bytes);
+  EXPECT_THROW(flash_attn_varlen_int8(p.args(), plan, workspace.workspace(), *executor),
+               InvalidArgument);
+}
+
 TEST_P(Int8Attention, ANanScaleReachesWhatDependsOnItAndNothingElse) {
   Int8Problem p = make_problem(values());
   FlashAttnVarlenInt8Args a = p.args();

@@ -27,7 +27,24 @@ struct ScaledInt8QuantArgs {
   /// per_channel only: f32 [H, D], contiguous, each finite and > 0, used instead of a computed
   /// scale. Undefined = compute.
   ConstTensorView static_scale = {};
+  /// per_token_head only, smooth keys: f32 [H, D], contiguous, subtracted from every row before it
+  /// is quantised; flash_attn_varlen_int8 takes it back in as k_mean. All rows of a cache that one
+  /// query sees need the same mean. Undefined = nothing is subtracted.
+  ConstTensorView mean = {};
 };
+
+/// Arguments of channel_mean.
+struct ChannelMeanArgs {
+  ConstTensorView input;      ///< [T, H, D] f32, f16 or bf16; last dimension stride 1
+  ConstTensorView start_loc;  ///< i32 [B + 1], contiguous: rows of each request; 0 first, T last
+  TensorView mean;            ///< written: f32 [B, H, D], contiguous; memory of its own
+};
+
+/// Mean over the tokens of each request, summed in float64; 0 for a request without tokens. What
+/// keys have in common moves all logits of a row alike: without it they quantise with smaller
+/// scales.
+/// @throws InvalidArgument (shapes, dtypes, start_loc, shared memory), before any write.
+void channel_mean(const ChannelMeanArgs& args, Executor* executor = nullptr);
 
 /// Computes scale = max(amax / 127, 1e-6), amax being the largest magnitude of what shares it, and
 /// codes = x / scale, divided in float32, rounded to the nearest integer (ties to even) and clamped
