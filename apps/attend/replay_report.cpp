@@ -52,6 +52,7 @@ nlohmann::ordered_json to_json(const ReplayReport& report) {
   j["steps"] = r.steps.size();
   j["preemptions"] = r.counters.preemptions;
   j["prefix_hit_tokens"] = r.counters.prefix_hit_tokens;
+  j["cascade_steps"] = r.cascade_steps;
   j["draft_tokens"] = r.counters.draft_tokens;
   j["accepted_tokens"] = r.counters.accepted_tokens;
   j["kv_cache"] = {{"num_blocks", r.num_blocks},
@@ -119,6 +120,8 @@ void print_table(const ReplayReport& report, std::FILE* out) {
                r.counters.prefix_hit_tokens,
                100.0 * static_cast<double>(r.counters.prefix_hit_tokens) /
                    static_cast<double>(r.prompt_tokens));
+    fmt::print(out, "{:<18}{} of {} steps attended once to what requests share\n", "cascade",
+               r.cascade_steps, r.steps.size());
     fmt::print(out, "{:<18}{}\n", "preemptions", r.counters.preemptions);
   }
   if (r.counters.draft_tokens > 0) {

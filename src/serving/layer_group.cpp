@@ -17,6 +17,8 @@ BuilderConfig builder_config(const LayerGroupConfig& c, const LayerKind& kind) {
   b.num_workers = c.num_workers;
   b.num_speculative_tokens = c.num_speculative_tokens;
   b.attn_type = kind.type;
+  b.cascade = c.cascade;
+  b.use_alibi = c.model.alibi;
   return b;
 }
 

@@ -32,6 +32,7 @@ struct LayerGroupConfig {
   KvCacheSpec encoder_cache = {};  ///< of cross attention; of no use without it
   int num_workers = 1;
   int num_speculative_tokens = 0;
+  CascadeMode cascade = CascadeMode::automatic;
 };
 
 /// Groups in the order in which a step runs them: encoder, self attention, cross attention.

@@ -150,7 +150,8 @@ Engine::Engine(const Trace& trace, const ReplayConfig& config)
                                .cache = cache_spec(),
                                .encoder_cache = encoder_cache_spec(),
                                .num_workers = executor_.num_workers(),
-                               .num_speculative_tokens = config.num_speculative_tokens});
+                               .num_speculative_tokens = config.num_speculative_tokens,
+                               .cascade = config.cascade});
   SchedulerConfig s;
   s.max_num_batched_tokens = config.max_num_batched_tokens;
   s.max_num_seqs = config.max_num_seqs;
@@ -275,6 +276,7 @@ StepInput Engine::make_input(const RequestBatch& batch) {
 
 void Engine::build_metadata(const StepInput& input) {
   std::size_t workspace_bytes = 0;
+  bool shares = false;
   for (LayerGroup& group : groups_) {
     const bool encoder = group.kind.type == AttentionType::encoder;
     const bool cross = group.kind.type == AttentionType::encoder_decoder;
@@ -283,9 +285,12 @@ void Engine::build_metadata(const StepInput& input) {
     const StepMetadata& m = encoder ? input.encoder_metadata
                             : cross ? input.cross_metadata
                                     : input.metadata;
-    group.metadata = group.builder->build(0, m.common);
+    group.metadata = group.builder->build(cross ? 0 : m.common_prefix_len, m.common);
     workspace_bytes = std::max(workspace_bytes, group.metadata->workspace_bytes());
+    const CascadeDecision* cascade = group.metadata->cascade_decision();
+    shares |= cascade != nullptr && !cascade->prefixes.empty();
   }
+  result_.cascade_steps += shares ? 1 : 0;
   workspace_.reserve(workspace_bytes);
 }
 

@@ -40,6 +40,7 @@ struct ReplayConfig {
   int max_num_seqs = 256;
   /// Drafts that a decode verifies in one step, >= 0; encoders generate nothing and need 0.
   int num_speculative_tokens = 0;
+  CascadeMode cascade = CascadeMode::automatic;
   double acceptance = 0.7;  ///< chance, 0 .. 1, that a draft is right if those before it are
   std::uint64_t seed = 0;
   std::int64_t check_rows = 0;   ///< rows to recompute in float64
@@ -66,6 +67,7 @@ struct ReplayResult {
   std::int64_t block_bytes = 0;  ///< of one block in one layer
   std::int64_t requests = 0;
   std::int64_t prompt_tokens = 0;
+  std::int64_t cascade_steps = 0;  ///< in which layers attended once to what requests share
   SchedulerCounters counters;
   std::vector<StepRecord> steps;
   CheckSummary check;

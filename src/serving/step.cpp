@@ -19,6 +19,21 @@ double causal_pairs(std::int64_t first, std::int64_t last, std::optional<int> wi
   return sum_up_to(last + 1) - sum_up_to(first);
 }
 
+/// Computed tokens in whole blocks that all requests of a batch begin with.
+int common_prefix_len(const RequestBatch& batch, int block_size) {
+  if (batch.requests.size() < 2) return 0;
+  const auto first = batch.requests.front().blocks;
+  std::size_t common = first.size();
+  for (const ScheduledRequest& r : batch.requests) {
+    const auto computed = static_cast<std::size_t>(r.num_computed_tokens / block_size);
+    common = std::min({common, computed, r.blocks.size()});
+    const auto end = first.begin() + static_cast<std::ptrdiff_t>(common);
+    common = static_cast<std::size_t>(std::mismatch(first.begin(), end, r.blocks.begin()).first -
+                                      first.begin());
+  }
+  return static_cast<int>(common) * block_size;
+}
+
 }  // namespace
 
 StepMetadata make_step_metadata(const RequestBatch& batch, int block_size) {
@@ -50,6 +65,7 @@ StepMetadata make_step_metadata(const RequestBatch& batch, int block_size) {
     }
   }
   if (encoder) return step;
+  step.common_prefix_len = common_prefix_len(batch, block_size);
   step.block_table.assign(batch.requests.size() * max_blocks, -1);
   for (std::size_t i = 0; i < batch.requests.size(); ++i) {
     const auto blocks = batch.requests[i].blocks;

@@ -19,6 +19,7 @@ namespace attend::serving {
 struct StepMetadata {
   CommonMetadata common;
   std::vector<std::int32_t> block_table;  ///< [B, longest request's blocks]
+  int common_prefix_len = 0;  ///< computed tokens in blocks that all requests begin with
 };
 
 /// `block_size` 0 = encoder: no blocks, no slots, every token sees the whole prompt.

@@ -22,6 +22,7 @@ TEST(ReplayCommand, JsonHasTheStableKeysAndStandsAlone) {
     EXPECT_GT(j.at(key), 0) << key;
   }
   EXPECT_EQ(j.at("preemptions"), 0);
+  EXPECT_EQ(j.at("cascade_steps"), 0);
   EXPECT_EQ(j.at("draft_tokens"), 0);
   EXPECT_EQ(j.at("accepted_tokens"), 0);
   for (const auto* key : {"num_blocks", "block_size", "peak_used_blocks"}) {
@@ -80,6 +81,7 @@ TEST(ReplayCommand, BadInputIsOneLineAndExitCodeTwo) {
         {kSmall + "--acceptance 1.5", "from 0 to 1"},
         {kSmall + "--scale-lengths -1", "scale-lengths"},
         {kSmall + "--kv-layout xyz", "nhd or hnd"},
+        {kSmall + "--cascade on", "auto, vllm, off or always"},
         {kSmall + "--dtype xyz", "f32, f16 or bf16"}}) {
     const CliResult r = run_cli(arguments);
     EXPECT_EQ(r.exit_code, 2) << arguments;

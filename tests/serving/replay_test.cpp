@@ -51,6 +51,23 @@ void expect_correct(const Trace& trace, const ReplayConfig& config) {
   EXPECT_EQ(r.counters.finished_requests, static_cast<std::int64_t>(trace.requests.size()));
 }
 
+TEST(Replay, ChecksOutWhereRequestsAttendOnceToWhatTheyShare) {
+  const ModelPreset model = small_model();
+  const Trace trace = small_trace("requests=10,prompt=20,output=12,shared=300");
+  for (const CascadeMode mode :
+       {CascadeMode::always, CascadeMode::vllm, CascadeMode::automatic, CascadeMode::off}) {
+    SCOPED_TRACE(to_string(mode));
+    ReplayConfig config = small_config(model);
+    config.max_num_batched_tokens = 400;
+    config.cascade = mode;
+    expect_correct(trace, config);
+    const ReplayResult r = replay(trace, config);
+    EXPECT_TRUE(mode != CascadeMode::off || r.cascade_steps == 0) << r.cascade_steps;
+    EXPECT_TRUE(mode != CascadeMode::always || r.cascade_steps > 0) << r.cascade_steps;
+    EXPECT_LE(r.cascade_steps, static_cast<std::int64_t>(r.steps.size()));
+  }
+}
+
 TEST(Replay, ChecksOutForEveryDtypeAndLayout) {
   const ModelPreset model = small_model();
   const Trace trace = any_trace();

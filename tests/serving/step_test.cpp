@@ -46,6 +46,23 @@ TEST(StepMetadata, DescribesTheBatch) {
   EXPECT_EQ(m.max_seq_len, 21);
 }
 
+TEST(StepMetadata, TheCommonPrefixIsWholeComputedBlocksOfAllRequests) {
+  TwoRequests two;
+  std::vector<std::int32_t> other = {5, 2, 9};
+  const auto common = [&](int computed, int other_computed) {
+    two.batch.requests = {{&two.decode, computed, 1, two.decode_blocks},
+                          {&two.prefill, other_computed, 1, other}};
+    two.batch.num_tokens = 2;
+    return make_step_metadata(two.batch, 16).common_prefix_len;
+  };
+  EXPECT_EQ(common(31, 40), 16) << "the last token of the second block is not computed";
+  EXPECT_EQ(common(31, 15), 0);
+  other[0] = 8;
+  EXPECT_EQ(common(31, 40), 0);
+  two.batch.requests.pop_back();
+  EXPECT_EQ(make_step_metadata(two.batch, 16).common_prefix_len, 0) << "nobody to share with";
+}
+
 TEST(StepMetadata, EncodersHaveNeitherBlocksNorSlots) {
   TwoRequests two;
   two.batch.requests = {{&two.prefill, 0, 9, {}}};

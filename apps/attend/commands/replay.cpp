@@ -25,6 +25,7 @@ struct ReplayOptions {
   std::string model = "llama-3.1-8b";
   std::string dtype;
   std::string kv_layout;
+  std::string cascade = "auto";
   std::optional<int> threads;
   std::string json_path;
   serving::ReplayConfig config;  // the options that need no parsing go straight in
@@ -43,6 +44,8 @@ What the numbers mean:
                A step with both is divided in proportion to what each part would take at its
                ceiling. Both ceilings are measured after the run, on this machine.
   prefix hits  prompt tokens that were found in the cache and not computed
+  cascade      steps in which keys that requests share were read once for all of them; the bytes
+               of 'decode' still count them for each request
   drafts       speculative tokens that were computed, and how many of them were kept
   preemptions  requests that lost their blocks to older ones and were computed again
 
@@ -95,6 +98,12 @@ void add_options(CLI::App& command, ReplayOptions& o) {
   option("--acceptance", c.acceptance, "Chance that a draft is right if all before it are, 0 to 1",
          "P")
       ->capture_default_str();
+  option(
+      "--cascade", o.cascade,
+      "Attend once to what requests share: auto (where it is faster), vllm (by its rule), off or "
+      "always",
+      "C")
+      ->capture_default_str();
   option("--threads", o.threads, "Threads; default: the CPUs this process may use", "N");
   option("--check", c.check_rows, "Recompute N random (step, token, head) rows in float64", "N")
       ->capture_default_str();
@@ -129,6 +138,8 @@ void run(ReplayOptions o) {
   config.model = &model;
   config.dtype = parse_choice("dtype", o.dtype, &parse_dtype, "f32, f16 or bf16");
   config.kv_layout = parse_choice("kv-layout", o.kv_layout, &parse_kv_layout, "nhd or hnd");
+  config.cascade =
+      *parse_choice("cascade", o.cascade, &parse_cascade_mode, "auto, vllm, off or always");
   std::unique_ptr<Executor> own_pool;
   if (o.threads) own_pool = make_thread_pool(*o.threads);
   config.executor = own_pool ? own_pool.get() : &default_executor();

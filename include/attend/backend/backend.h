@@ -100,6 +100,9 @@ class Metadata {
   virtual ~Metadata() = default;
   /// Scratch that Impl::forward() needs with this metadata, in bytes.
   virtual std::size_t workspace_bytes() const noexcept = 0;
+  /// What requests of the batch attend to once for all of them, and why; null = the back end does
+  /// not look for it.
+  virtual const CascadeDecision* cascade_decision() const noexcept { return nullptr; }
 };
 
 /// Turns a batch into a back end's metadata, once per batch, on the host.

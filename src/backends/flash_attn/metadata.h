@@ -46,6 +46,7 @@ struct FlashAttnMetadata final : Metadata {
   std::size_t workspace_bytes() const noexcept override {
     return plan->workspace_bytes + int8_scratch.bytes();
   }
+  const CascadeDecision* cascade_decision() const noexcept override { return &cascade; }
 };
 
 }  // namespace attend::flash_attn
