@@ -5,6 +5,8 @@
 #include <atomic>
 #include <cmath>
 #include <limits>
+#include <thread>
+#include <vector>
 
 #include "core/check.h"
 #include "plan/unit_layout.h"
@@ -300,6 +302,18 @@ cpu::AttentionProblem base_problem(const AttentionParams& params, const Attentio
   return p;
 }
 
+namespace {
+
+/// Units or reductions in front of the zeros that a plan may end with.
+template <typename T>
+std::size_t num_work(const std::vector<T>& all) {
+  const auto end =
+      std::partition_point(all.begin(), all.end(), [](const T& t) { return is_work(t); });
+  return static_cast<std::size_t>(end - all.begin());
+}
+
+}  // namespace
+
 void run_plan(const cpu::AttentionProblem& problem, const AttentionPlan& plan, Workspace workspace,
               Executor& executor) {
   const cpu::AttentionKernel& kernel = cpu::attention_kernel(plan.isa);
@@ -314,32 +328,29 @@ void run_plan(const cpu::AttentionProblem& problem, const AttentionPlan& plan, W
     return cpu::KernelWorkspace{base, scratch + worker * layout.total, layout,
                                 plan.partial_runs.data()};
   };
+  const cpu::ReduceFn reduce = kernel.reduce(problem.out_dtype);
+  const std::size_t num_units = num_work(plan.units), num_reductions = num_work(plan.reductions);
   // Which worker takes which unit does not change any bit of the result, so they are taken as they
   // come, the largest first.
-  std::atomic<std::size_t> next{0};
+  std::atomic<std::size_t> next_unit{0}, units_done{0}, next_reduction{0};
   const auto work = [&](int worker) {
     const cpu::KernelWorkspace ws = worker_workspace(worker);
-    for (std::size_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < plan.units.size();) {
-      if (!is_work(plan.units[i])) return;
+    for (std::size_t i; (i = next_unit.fetch_add(1, std::memory_order_relaxed)) < num_units;) {
       run_unit(problem, plan.units[i], ws);
+      units_done.fetch_add(1, std::memory_order_release);
     }
+    if (num_reductions == 0) return;
+    // The last units are small: waiting for them takes less than starting the workers again.
+    while (units_done.load(std::memory_order_acquire) < num_units) std::this_thread::yield();
+    for (std::size_t i;
+         (i = next_reduction.fetch_add(1, std::memory_order_relaxed)) < num_reductions;)
+      reduce(problem, plan.reductions[i], ws);
   };
-  if (plan.units.size() <= 1) {
+  if (num_units <= 1) {
     work(0);
   } else {
     executor.run(work);
   }
-  if (plan.reductions.empty() || !is_work(plan.reductions.front())) return;
-  next = 0;
-  const cpu::ReduceFn reduce = kernel.reduce(problem.out_dtype);
-  executor.run([&](int worker) {
-    const cpu::KernelWorkspace ws = worker_workspace(worker);
-    for (std::size_t i;
-         (i = next.fetch_add(1, std::memory_order_relaxed)) < plan.reductions.size();) {
-      if (!is_work(plan.reductions[i])) return;
-      reduce(problem, plan.reductions[i], ws);
-    }
-  });
 }
 
 Workspace thread_workspace(std::size_t bytes) {

@@ -32,7 +32,11 @@ Capacity capacity_of(const AttentionPlan& p, const AotLimits& limits) {
   c.reductions = splits ? std::min(c.whole, share) : 0;
   c.units = c.whole + (splits ? 2 * share : 0);
   const std::int64_t pieces = (std::int64_t{limits.max_seq_len} + kPieceSize - 1) / kPieceSize;
-  c.partial_rows = c.reductions * plan::kBlockRows * pieces;
+  // Split units are fewer than 20W/9, or all work is less than 40W and so are rows times pieces.
+  const std::int64_t most_split = std::min(c.reductions, 20 * p.num_workers / 9 + std::int64_t{1});
+  const std::int64_t split_rows =
+      std::min(most_split * plan::kBlockRows, tokens * p.num_q_heads) * pieces;
+  c.partial_rows = splits ? std::max(split_rows, std::int64_t{40} * p.num_workers) : 0;
   c.unit_rows =
       static_cast<int>(std::min<std::int64_t>(tokens * group, std::max(plan::kMaxUnitRows, group)));
   return c;

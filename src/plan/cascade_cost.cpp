@@ -20,8 +20,8 @@ constexpr double kFlopsPerUsAvx512 = 130e3, kFlopsPerUsAvx2 = 80e3, kFlopsPerUsS
 constexpr double kBesideReading = 0.57;
 /// Storing a partial result and merging it later, which takes 0.12 to 0.18 us for 130 numbers.
 constexpr double kPartialBytesPerUs = 3e3;
-/// The merge is one more round of all workers.
-constexpr double kRoundUs = 10.0;
+/// Workers wait for each other before the merge.
+constexpr double kWaitUs = 10.0;
 
 double flops_per_us(IsaLevel isa) {
   if (isa >= IsaLevel::avx512) return kFlopsPerUsAvx512;
@@ -88,7 +88,7 @@ GroupCost CascadeCost::of(const SharedGroup& g) const {
   const double heads = b.num_kv_heads;
   return {heads * flat,
           heads * (units_us(rows) * (all.last - all.first) * idle + partials * partial_us_) +
-              (from > 0 ? 0.0 : kRoundUs * b.num_workers)};
+              (from > 0 ? 0.0 : kWaitUs * b.num_workers)};
 }
 
 void CascadeCost::share(const SharedGroup& g) {

@@ -144,6 +144,14 @@ TEST(CascadeAutomatic, StaysFlatWhereAWindowHidesThePrefix) {
   EXPECT_EQ(d.decide(CascadeMode::automatic).reason, CascadeReason::gain);
 }
 
+TEST(CascadeAutomatic, LeavesOutRequestsWithManyQueries) {
+  Decodes d(34, 9000);
+  d.share(0, 34, 8192);
+  d.query_start_loc.back() = 33 + 2000;
+  EXPECT_THAT(d.decide(CascadeMode::automatic).prefixes, ElementsAre(is_prefix(0, 33, 8192)));
+  EXPECT_THAT(d.decide(CascadeMode::always).prefixes, ElementsAre(is_prefix(0, 34, 8192)));
+}
+
 TEST(CascadeAutomatic, DecidesEachGroupForItself) {
   Decodes d(40, 12000);
   d.share(0, 32, 4096);
