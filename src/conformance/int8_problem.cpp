@@ -6,6 +6,8 @@
 #include <cmath>
 #include <utility>
 
+#include "conformance/shared_prefixes.h"
+
 namespace attend::conformance {
 namespace {
 
@@ -32,7 +34,11 @@ Int8Options random_int8_options(Rng& rng) {
 Int8Problem::Int8Problem(Rng& rng, AttentionShape attention_shape, const Int8Options& memory)
     : shape(std::move(attention_shape)),
       options(memory),
-      blocks(rng, shape.seq_lens, shape.hidden_keys(), memory.block_size, memory.padded) {
+      shared_prefixes(memory.share_prefixes ? random_shared_prefixes(rng, shape, memory.block_size)
+                                            : std::vector<SharedPrefix>()),
+      blocks(rng, shape.seq_lens, hidden_keys(shape, shared_prefixes), memory.block_size,
+             memory.padded) {
+  share_blocks(blocks, shape, shared_prefixes);
   const std::vector<std::int32_t> start = shape.query_start_loc();
   const std::int64_t tokens = start.back();
   Layout rows;

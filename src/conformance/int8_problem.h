@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 #include <string>
+#include <vector>
 
 #include "attend/ops/int8_attention.h"
 #include "conformance/attention_shape.h"
@@ -17,6 +18,7 @@ struct Int8Options {
   bool padded = false;  ///< gaps between rows of every tensor
   bool lse = true;
   bool smooth_keys = false;
+  bool share_prefixes = false;  ///< some requests begin with the same blocks
 };
 Int8Options random_int8_options(Rng& rng);
 
@@ -33,6 +35,7 @@ struct Int8Problem {
 
   AttentionShape shape;
   Int8Options options;
+  std::vector<SharedPrefix> shared_prefixes;  ///< with options.share_prefixes
   Storage q, q_scale, k, k_scale, v, v_scale, k_mean, out, lse;
   HeadValues head_values;
   Storage query_start_loc, seq_lens;

@@ -1,14 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
-// flash_attn_varlen with a plan that attends to shared prefixes once: right, and the bits of a plan
-// without them.
+// flash_attn_varlen, also with int8 queries and keys, and a plan that attends to shared prefixes
+// once: right, and the bits of a plan without them.
 #include <fmt/format.h>
 
 #include <cstring>
 
 #include "attend/ops/attention.h"
+#include "attend/ops/int8_attention.h"
 #include "attend/oracle/attention.h"
 #include "attend/plan/attention_plan.h"
 #include "conformance/check.h"
+#include "conformance/int8_problem.h"
 #include "conformance/shared_prefixes.h"
 #include "conformance/varlen_problem.h"
 
@@ -33,12 +35,25 @@ std::vector<std::byte> bytes_of(const Storage& s) {
   return bytes;
 }
 
+oracle::Result expected_of(const VarlenProblem& p) { return oracle::flash_attn_varlen(p.args()); }
+oracle::Result expected_of(const Int8Problem& p) {
+  return oracle::flash_attn_varlen_int8(p.args());
+}
+
+void attend_to(const VarlenProblem& p, const AttentionPlan& plan, Workspace ws, Executor& e) {
+  flash_attn_varlen(p.args(), plan, ws, e);
+}
+void attend_to(const Int8Problem& p, const AttentionPlan& plan, Workspace ws, Executor& e) {
+  flash_attn_varlen_int8(p.args(), plan, ws, e);
+}
+
+template <typename Problem, typename Options>
 class SharedCase final : public Case {
  public:
-  explicit SharedCase(Rng& rng)
-      : problem_(rng, random_shared_shape(rng), paged_options(rng)),
+  SharedCase(Rng& rng, const Options& options)
+      : problem_(rng, random_shared_shape(rng), options),
         planned_workers_(rng.pick({1, 2, 3, 16})),
-        expected_(oracle::flash_attn_varlen(problem_.args())) {}
+        expected_(expected_of(problem_)) {}
 
   Outcome run(IsaLevel isa, Executor& /*executor*/) override {
     run_plan(isa, {});
@@ -84,18 +99,25 @@ class SharedCase final : public Case {
     Buffer workspace(plan.workspace_bytes);
     if (workspace.size() > 0) std::memset(workspace.data(), 0xff, workspace.size());
     const std::unique_ptr<Executor> workers = make_thread_pool(planned_workers_);
-    flash_attn_varlen(problem_.args(), plan, workspace.workspace(), *workers);
+    attend_to(problem_, plan, workspace.workspace(), *workers);
   }
 
-  VarlenProblem problem_;
+  Problem problem_;
   int planned_workers_;  ///< more of them cut the work into more units
   oracle::Result expected_;
 };
 
+std::unique_ptr<Case> make_case(Rng& rng) {
+  if (rng.chance(0.3)) {
+    Int8Options options = random_int8_options(rng);
+    options.share_prefixes = true;
+    return std::make_unique<SharedCase<Int8Problem, Int8Options>>(rng, options);
+  }
+  return std::make_unique<SharedCase<VarlenProblem, VarlenOptions>>(rng, paged_options(rng));
+}
+
 }  // namespace
 
-Op op_shared_prefixes() {
-  return {"shared_prefixes", true, [](Rng& rng) { return std::make_unique<SharedCase>(rng); }};
-}
+Op op_shared_prefixes() { return {"shared_prefixes", true, make_case}; }
 
 }  // namespace attend::conformance
