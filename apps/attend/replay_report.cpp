@@ -57,7 +57,9 @@ nlohmann::ordered_json to_json(const ReplayReport& report) {
   j["accepted_tokens"] = r.counters.accepted_tokens;
   j["kv_cache"] = {{"num_blocks", r.num_blocks},
                    {"block_size", r.block_size},
-                   {"peak_used_blocks", r.peak_used_blocks}};
+                   {"peak_used_blocks", r.peak_used_blocks},
+                   {"block_bytes", r.block_bytes},
+                   {"dtype", r.kv_cache_dtype}};
   j["encoder_tokens"] = r.counters.encoder_tokens;
   j["encoder_cache"] = {{"num_blocks", r.num_encoder_blocks},
                         {"peak_used_blocks", r.peak_used_encoder_blocks}};
@@ -105,10 +107,10 @@ void print_table(const ReplayReport& report, std::FILE* out) {
   if (r.num_blocks == 0) {
     fmt::print(out, "{:<18}none (encoder)\n", "KV cache");
   } else {
-    fmt::print(out, "{:<18}at most {} of {} blocks of {} tokens used ({:.0f} %), {}\n", "KV cache",
-               r.peak_used_blocks, r.num_blocks, r.block_size,
+    fmt::print(out, "{:<18}at most {} of {} blocks of {} tokens used ({:.0f} %), {} {}\n",
+               "KV cache", r.peak_used_blocks, r.num_blocks, r.block_size,
                100.0 * static_cast<double>(r.peak_used_blocks) / static_cast<double>(r.num_blocks),
-               to_string(r.kv_layout));
+               r.kv_cache_dtype, to_string(r.kv_layout));
     if (r.num_encoder_blocks > 0) {
       fmt::print(out, "{:<18}{} tokens computed; at most {} of {} blocks used ({:.0f} %)\n",
                  "encoder", r.counters.encoder_tokens, r.peak_used_encoder_blocks,

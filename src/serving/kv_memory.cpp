@@ -5,7 +5,9 @@
 #include <cstring>
 #include <fstream>
 #include <limits>
+#include <numeric>
 #include <string>
+#include <utility>
 
 #include "attend/core/error.h"
 
@@ -46,12 +48,15 @@ std::int64_t available_memory_bytes() {
   return available;
 }
 
-KvMemory::KvMemory(const Backend& backend, KvCacheSpec spec, int num_layers, KvLayout layout,
-                   Executor& executor)
-    : dtype_(spec.dtype) {
-  spec.num_layers = 0;
-  shape_ = backend.kv_cache_shape(spec);
-  order_ = backend.kv_cache_stride_order(layout, /*include_layers=*/false, spec.format);
+std::int64_t kv_layer_bytes(const Backend& backend, const KvCacheSpec& spec) {
+  const auto scales = backend.kv_scale_shape(spec);
+  return cache_bytes(backend.kv_cache_shape(spec), spec.dtype) +
+         (scales.empty() ? 0 : cache_bytes(scales, DType::f32));
+}
+
+KvMemory::LayerTensors::LayerTensors(DType dtype, std::vector<std::int64_t> shape,
+                                     std::vector<int> order, int num_layers, Executor& executor)
+    : dtype_(dtype), shape_(std::move(shape)), order_(std::move(order)) {
   layer_bytes_ = cache_bytes(shape_, dtype_);
   buffer_ = Buffer(static_cast<std::size_t>(layer_bytes_ * num_layers));
 
@@ -67,10 +72,24 @@ KvMemory::KvMemory(const Backend& backend, KvCacheSpec spec, int num_layers, KvL
   });
 }
 
-TensorView KvMemory::layer(int index) const {
+TensorView KvMemory::LayerTensors::layer(int index) const {
   if (buffer_.data() == nullptr) return {};
   auto* data = static_cast<std::byte*>(buffer_.data()) + layer_bytes_ * index;
   return cache_view(data, dtype_, shape_, order_);
+}
+
+KvMemory::KvMemory(const Backend& backend, KvCacheSpec spec, int num_layers, KvLayout layout,
+                   Executor& executor) {
+  spec.num_layers = 0;
+  caches_ =
+      LayerTensors(spec.dtype, backend.kv_cache_shape(spec),
+                   backend.kv_cache_stride_order(layout, /*include_layers=*/false, spec.format),
+                   num_layers, executor);
+  const std::vector<std::int64_t> scale_shape = backend.kv_scale_shape(spec);
+  if (scale_shape.empty()) return;
+  std::vector<int> contiguous(scale_shape.size());
+  std::iota(contiguous.begin(), contiguous.end(), 0);
+  scales_ = LayerTensors(DType::f32, scale_shape, std::move(contiguous), num_layers, executor);
 }
 
 }  // namespace attend::serving

@@ -10,6 +10,10 @@ BuilderConfig builder_config(const LayerGroupConfig& c, const LayerKind& kind) {
   BuilderConfig b;
   b.num_q_heads = c.model.num_q_heads;
   b.cache = kind.type == AttentionType::encoder_decoder ? c.encoder_cache : c.cache;
+  if (kind.type == AttentionType::encoder) {  // has no cache: only heads and their size matter
+    b.cache.dtype = c.dtype;
+    b.cache.format = KvFormat::plain;
+  }
   if (kind.window) {
     b.window_left = *kind.window - 1;
     b.window_right = kind.type == AttentionType::encoder_only ? *kind.window - 1 : 0;
@@ -22,7 +26,7 @@ BuilderConfig builder_config(const LayerGroupConfig& c, const LayerKind& kind) {
   return b;
 }
 
-ImplConfig impl_config(const LayerGroupConfig& c, const LayerKind& kind) {
+ImplConfig impl_config(const LayerGroupConfig& c, const LayerKind& kind, int layer) {
   const ModelPreset& m = c.model;
   ImplConfig i;
   i.num_q_heads = m.num_q_heads;
@@ -36,7 +40,12 @@ ImplConfig impl_config(const LayerGroupConfig& c, const LayerKind& kind) {
   if (m.sinks) i.sinks = sink_logits(m.num_q_heads);
   i.attn_type = kind.type;
   i.dtype = c.dtype;
-  if (kind.type != AttentionType::encoder) i.kv_cache_dtype = c.kv_cache_dtype;  // has no cache
+  if (kind.type == AttentionType::encoder) return i;  // has no cache
+  i.kv_cache_dtype = c.kv_cache_dtype;
+  if (c.value_scales != nullptr) {
+    const ConstTensorView scales = c.value_scales->layer(layer);
+    i.value_scales.assign(scales.as<float>(), scales.as<float>() + scales.numel());
+  }
   return i;
 }
 
@@ -44,7 +53,6 @@ LayerGroup make_group(const LayerGroupConfig& config, const LayerKind& kind) {
   LayerGroup group;
   group.kind = kind;
   group.builder = config.backend.make_builder(builder_config(config, kind));
-  group.impl = config.backend.make_impl(impl_config(config, kind));
   return group;
 }
 
@@ -70,6 +78,7 @@ std::vector<LayerGroup> make_layer_groups(const LayerGroupConfig& config) {
         group = groups.insert(groups.end(), make_group(config, kind));
       }
       group->layers.push_back(first + layer);
+      group->impls.push_back(config.backend.make_impl(impl_config(config, kind, first + layer)));
     }
   }
   return groups;

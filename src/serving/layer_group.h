@@ -4,12 +4,13 @@
 #include <vector>
 
 #include "attend/backend/backend.h"
+#include "attend/cache/value_scales.h"
 #include "serving/model_presets.h"
 #include "serving/step.h"
 
 namespace attend::serving {
 
-/// Layers of one kind, which therefore share a builder, an impl and the metadata of a step.
+/// Layers of one kind, which therefore share a builder and the metadata of a step.
 ///
 /// Layers are numbered through: with N decoder layers those of self attention are 0 .. N - 1, of
 /// cross attention N .. 2N - 1, of the encoder 2N .. 3N - 1. A number is part of what values a
@@ -18,8 +19,8 @@ struct LayerGroup {
   LayerKind kind;
   std::vector<int> layers;
   std::unique_ptr<MetadataBuilder> builder;
-  std::unique_ptr<Impl> impl;
-  std::unique_ptr<Metadata> metadata;  ///< of the current step; null if it has nothing to do
+  std::vector<std::unique_ptr<Impl>> impls;  ///< one a layer, as `layers`
+  std::unique_ptr<Metadata> metadata;        ///< of the current step; null if it has nothing to do
 };
 
 struct LayerGroupConfig {
@@ -28,8 +29,9 @@ struct LayerGroupConfig {
   int num_layers = 1;  ///< of the decoder
   DType dtype = DType::bf16;
   std::string kv_cache_dtype = "auto";
-  KvCacheSpec cache = {};          ///< of self attention
-  KvCacheSpec encoder_cache = {};  ///< of cross attention; of no use without it
+  const ValueScales* value_scales = nullptr;  ///< as KvStorage::value_scales
+  KvCacheSpec cache = {};                     ///< of self attention
+  KvCacheSpec encoder_cache = {};             ///< of cross attention; of no use without it
   int num_workers = 1;
   int num_speculative_tokens = 0;
   CascadeMode cascade = CascadeMode::automatic;

@@ -10,6 +10,7 @@
 
 #include "attend/backend/selector.h"
 #include "serving/kv_memory.h"
+#include "serving/kv_storage.h"
 #include "serving/layer_group.h"
 #include "serving/step.h"
 
@@ -48,7 +49,7 @@ class Engine {
   void build_metadata(const StepInput& input);
   bool admit_arrivals();
   void run_step();
-  double run_layer(const LayerGroup& group, int layer, const StepInput& input);
+  double run_layer(const LayerGroup& group, std::size_t index, const StepInput& input);
   void sample_rows(const LayerGroup& group, int layer, const std::vector<StepToken>& tokens);
   void report_progress() const;
   KvCacheSpec cache_spec() const;
@@ -60,6 +61,7 @@ class Engine {
   Executor& executor_;
   DType dtype_;
   const Backend& backend_;
+  KvStorage storage_;
   ValueGenerator generator_;
   StepTensors tensors_;
   ReservoirSampler sampler_;
@@ -131,11 +133,14 @@ Engine::Engine(const Trace& trace, const ReplayConfig& config)
       executor_(config.executor != nullptr ? *config.executor : default_executor()),
       dtype_(config.dtype.value_or(model_.dtype)),
       backend_(choose_backend(config, dtype_)),
+      storage_(find_kv_storage(config.kv_cache_dtype, dtype_)),
       generator_(config.seed, dtype_),
       tensors_(model_, dtype_),
       sampler_(config.check_rows, config.seed) {
+  set_value_scales(storage_, config.value_scales, model_, config.num_layers);
   result_.backend = backend_.name();
   result_.dtype = dtype_;
+  result_.kv_cache_dtype = storage_.name();
   result_.requests = static_cast<std::int64_t>(trace.requests.size());
   for (const Request& r : trace.requests) {
     result_.prompt_tokens += r.prompt_tokens;
@@ -147,6 +152,7 @@ Engine::Engine(const Trace& trace, const ReplayConfig& config)
                                .num_layers = config.num_layers,
                                .dtype = dtype_,
                                .kv_cache_dtype = config.kv_cache_dtype,
+                               .value_scales = storage_.value_scales,
                                .cache = cache_spec(),
                                .encoder_cache = encoder_cache_spec(),
                                .num_workers = executor_.num_workers(),
@@ -178,9 +184,8 @@ KvCacheSpec Engine::cache_spec() const {
   spec.block_size = result_.block_size;
   spec.num_kv_heads = model_.num_kv_heads;
   spec.head_size = model_.head_dim;
-  spec.dtype = config_.kv_cache_dtype == "auto"
-                   ? dtype_
-                   : parse_dtype(config_.kv_cache_dtype).value_or(dtype_);
+  spec.dtype = storage_.dtype;
+  spec.format = storage_.format;
   return spec;
 }
 
@@ -191,18 +196,22 @@ KvCacheSpec Engine::encoder_cache_spec() const {
 }
 
 void Engine::choose_blocks() {
-  result_.kv_layout =
-      backend_.required_kv_cache_layout().value_or(config_.kv_layout.value_or(KvLayout::hnd));
+  // The caches of the int8 levels have one order only, which is that of HND.
+  const std::optional<KvLayout> only = is_int8_level(storage_.format)
+                                           ? std::optional(KvLayout::hnd)
+                                           : backend_.required_kv_cache_layout();
+  result_.kv_layout = only.value_or(config_.kv_layout.value_or(KvLayout::hnd));
   if (config_.kv_layout && *config_.kv_layout != result_.kv_layout) {
     throw InvalidArgument(
         "replay", "kv-layout",
-        std::string(to_string(result_.kv_layout)) + " for back end " + result_.backend,
+        fmt::format("{} for back end {} and kv-cache-dtype {}", to_string(result_.kv_layout),
+                    result_.backend, storage_.name()),
         to_string(*config_.kv_layout));
   }
   result_.block_size = config_.block_size.value_or(backend_.preferred_block_size(16));
   KvCacheSpec one = cache_spec();
   one.num_blocks = 1;
-  result_.block_bytes = cache_bytes(backend_.kv_cache_shape(one), one.dtype);
+  result_.block_bytes = kv_layer_bytes(backend_, one);
   result_.num_blocks = choose_number(
       "num-blocks", config_.num_blocks,
       default_num_blocks(trace_, result_.block_size, result_.block_bytes, config_.num_layers));
@@ -256,7 +265,7 @@ ReplayResult Engine::run() {
   result_.counters = scheduler_->counters();
   if (pool_) result_.peak_used_blocks = pool_->peak_used();
   if (encoder_pool_) result_.peak_used_encoder_blocks = encoder_pool_->peak_used();
-  result_.check = check_rows(sampled_, model_, generator_, cache_spec().dtype, executor_);
+  result_.check = check_rows(sampled_, model_, generator_, storage_, executor_);
   return std::move(result_);
 }
 
@@ -304,13 +313,15 @@ void Engine::run_step() {
 
   input.tokens = make_step_tokens(batch);
   input.encoder_tokens = make_encoder_tokens(input.encoder_batch);
-  const DType kv_dtype = cache_spec().dtype;
+  const std::int64_t kv_token_bytes = pool_ ? result_.block_bytes / result_.block_size : 0;
   for (const LayerGroup& group : groups_) {
     if (group.metadata == nullptr) continue;
-    for (const int layer : group.layers) record.forward_seconds += run_layer(group, layer, input);
+    for (std::size_t i = 0; i < group.layers.size(); ++i) {
+      record.forward_seconds += run_layer(group, i, input);
+    }
     const bool encoder = group.kind.type == AttentionType::encoder;
     const StepWork work =
-        measure_work(encoder ? input.encoder_batch : batch, model_, kv_dtype, group.kind);
+        measure_work(encoder ? input.encoder_batch : batch, model_, kv_token_bytes, group.kind);
     const auto layers = static_cast<double>(group.layers.size());
     record.prefill_flops += work.prefill_flops * layers;
     record.decode_bytes += work.decode_bytes * layers;
@@ -320,7 +331,9 @@ void Engine::run_step() {
   scheduler_->complete_step();
 }
 
-double Engine::run_layer(const LayerGroup& group, int layer, const StepInput& input) {
+/// Runs layer `index` of the group; gives the seconds of its call.
+double Engine::run_layer(const LayerGroup& group, std::size_t index, const StepInput& input) {
+  const int layer = group.layers[index];
   const bool encoder = group.kind.type == AttentionType::encoder;
   const bool cross = group.kind.type == AttentionType::encoder_decoder;
   const auto& queries = encoder ? input.encoder_tokens : input.tokens;
@@ -333,8 +346,10 @@ double Engine::run_layer(const LayerGroup& group, int layer, const StepInput& in
     args.value = tensors_.value();
   }
   if (!encoder) {
-    args.kv_cache =
-        cross ? encoder_memory_.layer(layer - config_.num_layers) : memory_.layer(layer);
+    const KvMemory& memory = cross ? encoder_memory_ : memory_;
+    const int cache = cross ? layer - config_.num_layers : layer;
+    args.kv_cache = memory.layer(cache);
+    args.kv_scale_cache = memory.scales(cache);
   }
   if (config_.on_values && args.kv_cache.defined() && args.value.defined()) {
     config_.on_values(layer, args.value);
@@ -344,7 +359,7 @@ double Engine::run_layer(const LayerGroup& group, int layer, const StepInput& in
   args.workspace = workspace_.workspace();
   args.executor = &executor_;
   const auto begin = Clock::now();
-  group.impl->forward(args, group.metadata.get());
+  group.impls[index]->forward(args, group.metadata.get());
   const double seconds = seconds_since(begin);
   sample_rows(group, layer, queries);
   return seconds;

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "attend/backend/backend.h"
+#include "attend/cache/value_scales.h"
 #include "serving/model_presets.h"
 #include "serving/row_check.h"
 #include "serving/scheduler.h"
@@ -30,6 +31,9 @@ struct ReplayConfig {
   int num_layers = 1;
   std::optional<DType> dtype;  ///< unset = the model's
   std::string kv_cache_dtype = "auto";
+  /// Scales of the values, as `attend calibrate` finds them: needed for kv_cache_dtype int8_level1,
+  /// for all layers of the run and no others; null otherwise.
+  const ValueScales* value_scales = nullptr;
   std::optional<KvLayout> kv_layout;       ///< unset = what the back end insists on, else HND
   std::optional<int> block_size;           ///< unset = 16, or what the back end supports
   std::optional<std::int64_t> num_blocks;  ///< unset = default_num_blocks()
@@ -58,13 +62,14 @@ struct ReplayConfig {
 struct ReplayResult {
   std::string backend;
   DType dtype = DType::bf16;
+  std::string kv_cache_dtype;  ///< name of the dtype or format that the cache holds
   KvLayout kv_layout = KvLayout::hnd;
   std::int64_t num_blocks = 0;  ///< 0 without a cache
   int block_size = 0;
   std::int64_t peak_used_blocks = 0;
   std::int64_t num_encoder_blocks = 0;  ///< 0 without cross attention
   std::int64_t peak_used_encoder_blocks = 0;
-  std::int64_t block_bytes = 0;  ///< of one block in one layer
+  std::int64_t block_bytes = 0;  ///< of one block in one layer, its scales included
   std::int64_t requests = 0;
   std::int64_t prompt_tokens = 0;
   std::int64_t cascade_steps = 0;  ///< in which layers attended once to what requests share

@@ -14,6 +14,9 @@
 namespace attend::serving {
 namespace {
 
+/// Of int8_level1: weights are rounded to n / 127 of the largest of their 256 keys.
+constexpr int kWeightLevels = 127;
+
 /// Cross attention has queries of the decoder and keys of the encoder.
 bool has_encoder_keys(const SampledRow& row) {
   return row.type == AttentionType::encoder || row.type == AttentionType::encoder_decoder;
@@ -31,49 +34,116 @@ std::uint64_t query_content(const SampledRow& row) {
                                            : draft_content_id(*row.request, row.first_rejected);
 }
 
-/// One head's rows of a kind (keys or values), regenerated one position at a time.
+/// Of one (token, head).
+using Values = std::vector<double>;
+
+/// The numbers that a row's codes stand for, with a scale of its own.
+void quantise(Values& row) {
+  const float scale = oracle::int8_scale(row);
+  for (double& x : row) x = oracle::int8_code(x, scale) * static_cast<double>(scale);
+}
+
+void quantise_by(const float* scales, Values& row) {
+  for (std::size_t d = 0; d < row.size(); ++d) {
+    row[d] = oracle::int8_code(row[d], scales[d]) * static_cast<double>(scales[d]);
+  }
+}
+
+/// What attention sees of a generated row of one (layer, head).
+class Encoding {
+ public:
+  Encoding(const KvStorage& storage, int layer, int kv_head)
+      : storage_(storage), layer_(layer), kv_head_(kv_head) {}
+
+  void apply(ValueKind kind, Values& row) const {
+    switch (kind) {
+      case ValueKind::query:
+        if (is_int8_level(storage_.format)) quantise(row);
+        return;
+      case ValueKind::key:
+        storage_.format == KvFormat::plain ? round(row) : quantise(row);
+        return;
+      case ValueKind::value:
+        encode_value(row);
+    }
+  }
+
+ private:
+  /// Generated values fit every type but fp8.
+  void round(Values& row) const {
+    if (!is_fp8(storage_.dtype)) return;
+    for (double& x : row) {
+      x = oracle::fp8_value(storage_.dtype, oracle::fp8_code(storage_.dtype, x, 1.0F));
+    }
+  }
+  void encode_value(Values& row) const {
+    switch (storage_.format) {
+      case KvFormat::plain:
+        round(row);
+        return;
+      case KvFormat::int8_level1:
+        quantise_by(storage_.value_scales->layer(layer_).select(0, kv_head_).as<float>(), row);
+        return;
+      case KvFormat::int8_level2:
+        return;  // 16 bits, as generated
+      case KvFormat::int8_per_token_head:
+        quantise(row);
+    }
+  }
+
+  const KvStorage& storage_;
+  int layer_, kv_head_;
+};
+
+/// One head's rows of a kind as attention sees them, regenerated one position at a time.
 class RegeneratedRows {
  public:
-  RegeneratedRows(const SampledRow& row, int kv_head, ValueKind kind, int head_dim,
-                  const ValueGenerator& generator)
+  RegeneratedRows(const SampledRow& row, ValueKind kind, int head, int head_dim,
+                  const ValueGenerator& generator, const Encoding& encoding)
       : row_(row),
-        kv_head_(kv_head),
         kind_(kind),
+        head_(head),
         generator_(generator),
-        values_(static_cast<std::size_t>(head_dim)) {}
+        encoding_(encoding),
+        generated_(static_cast<std::size_t>(head_dim)) {}
 
   double operator()(std::int64_t j, int d) {
     if (j != position_) {
       position_ = j;
-      generator_.fill_f32({key_content(row_, j), j, row_.layer, kv_head_, kind_},
-                          static_cast<int>(values_.size()), values_.data());
+      const std::uint64_t content =
+          kind_ == ValueKind::query ? query_content(row_) : key_content(row_, j);
+      generator_.fill_f32({content, j, row_.layer, head_, kind_},
+                          static_cast<int>(generated_.size()), generated_.data());
+      values_.assign(generated_.begin(), generated_.end());
+      encoding_.apply(kind_, values_);
     }
     return values_[static_cast<std::size_t>(d)];
   }
 
  private:
   const SampledRow& row_;
-  int kv_head_;
   ValueKind kind_;
+  int head_;
   const ValueGenerator& generator_;
+  const Encoding& encoding_;
   std::int64_t position_ = -1;
-  std::vector<float> values_;
+  std::vector<float> generated_;
+  Values values_;
 };
 
-/// A generated value after its way through the cache; generated values fit every other type.
-double as_stored(double x, DType cache_dtype) {
-  if (!is_fp8(cache_dtype)) return x;
-  return oracle::fp8_value(cache_dtype, oracle::fp8_code(cache_dtype, x, 1.0F));
-}
-
 oracle::RowResult recompute(const SampledRow& row, const ModelPreset& model,
-                            const ValueGenerator& generator, DType cache_dtype) {
-  std::vector<float> query(static_cast<std::size_t>(model.head_dim));
-  generator.fill_f32({query_content(row), row.position, row.layer, row.head, ValueKind::query},
-                     model.head_dim, query.data());
+                            const ValueGenerator& generator, const KvStorage& storage) {
   const int kv_head = row.head / (model.num_q_heads / model.num_kv_heads);
-  RegeneratedRows keys(row, kv_head, ValueKind::key, model.head_dim, generator);
-  RegeneratedRows values(row, kv_head, ValueKind::value, model.head_dim, generator);
+  // An encoder has no cache through which its keys would go.
+  const KvStorage stored =
+      row.type == AttentionType::encoder ? KvStorage{generator.dtype()} : storage;
+  const Encoding encoding(stored, row.layer, kv_head);
+  const auto rows = [&](ValueKind kind, int head) {
+    return RegeneratedRows(row, kind, head, model.head_dim, generator, encoding);
+  };
+  RegeneratedRows query = rows(ValueKind::query, row.head);
+  RegeneratedRows keys = rows(ValueKind::key, kv_head);
+  RegeneratedRows values = rows(ValueKind::value, kv_head);
 
   oracle::RowProblem p;
   p.head_dim_qk = p.head_dim_v = model.head_dim;
@@ -92,11 +162,10 @@ oracle::RowResult recompute(const SampledRow& row, const ModelPreset& model,
     p.alibi_sqrt = model.alibi_sqrt;
   }
   if (model.sinks) p.sink = sink_logits(model.num_q_heads)[static_cast<std::size_t>(row.head)];
-  p.q = [&](int d) { return static_cast<double>(query[static_cast<std::size_t>(d)]); };
-  // An encoder has no cache through which its keys would go.
-  const DType stored = row.type == AttentionType::encoder ? generator.dtype() : cache_dtype;
-  p.k = [&](std::int64_t j, int d) { return as_stored(keys(j, d), stored); };
-  p.v = [&](std::int64_t j, int d) { return as_stored(values(j, d), stored); };
+  if (stored.format == KvFormat::int8_level1) p.weight_levels = kWeightLevels;
+  p.q = [&](int d) { return query(row.position, d); };
+  p.k = [&](std::int64_t j, int d) { return keys(j, d); };
+  p.v = [&](std::int64_t j, int d) { return values(j, d); };
   return oracle::attention_row(p);
 }
 
@@ -114,8 +183,8 @@ double ratio_to_bound(double got, double want, double bound) {
 }
 
 RowOutcome compare(const SampledRow& row, const ModelPreset& model, const ValueGenerator& generator,
-                   DType cache_dtype) {
-  const oracle::RowResult want = recompute(row, model, generator, cache_dtype);
+                   const KvStorage& storage) {
+  const oracle::RowResult want = recompute(row, model, generator, storage);
   RowOutcome outcome;
   const auto note = [&](double got, double reference, double bound, std::string_view what) {
     const double ratio = ratio_to_bound(got, reference, bound);
@@ -168,12 +237,13 @@ std::int64_t ReservoirSampler::choose_slot() {
 }
 
 CheckSummary check_rows(const std::vector<SampledRow>& rows, const ModelPreset& model,
-                        const ValueGenerator& generator, DType cache_dtype, Executor& executor) {
+                        const ValueGenerator& generator, const KvStorage& storage,
+                        Executor& executor) {
   std::vector<RowOutcome> outcomes(rows.size());
   std::atomic<std::size_t> next{0};
   executor.run([&](int) {
     for (std::size_t i = next++; i < rows.size(); i = next++) {
-      outcomes[i] = compare(rows[i], model, generator, cache_dtype);
+      outcomes[i] = compare(rows[i], model, generator, storage);
     }
   });
   CheckSummary summary;

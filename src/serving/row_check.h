@@ -6,6 +6,7 @@
 
 #include "attend/core/executor.h"
 #include "serving/content.h"
+#include "serving/kv_storage.h"
 #include "serving/model_presets.h"
 
 namespace attend::serving {
@@ -63,9 +64,11 @@ struct CheckSummary {
 };
 
 /// Computes every row again in float64 from the generator, never from the cache, and compares
-/// against the oracle's error bounds. Keys and values are rounded to `cache_dtype` as the cache
-/// stores them: the bounds are those of the arithmetic, not of the quantisation.
+/// against the oracle's error bounds. Keys and values are rounded as the cache stores them, and
+/// queries and weights as `storage` demands: the bounds are those of the arithmetic, not of the
+/// quantisation.
 CheckSummary check_rows(const std::vector<SampledRow>& rows, const ModelPreset& model,
-                        const ValueGenerator& generator, DType cache_dtype, Executor& executor);
+                        const ValueGenerator& generator, const KvStorage& storage,
+                        Executor& executor);
 
 }  // namespace attend::serving

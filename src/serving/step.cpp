@@ -216,8 +216,8 @@ float StepTensors::lse_value(int token, int head) const {
   return static_cast<const float*>(lse_.data())[token * model_.num_q_heads + head];
 }
 
-StepWork measure_work(const RequestBatch& batch, const ModelPreset& model, DType kv_dtype,
-                      const LayerKind& layer) {
+StepWork measure_work(const RequestBatch& batch, const ModelPreset& model,
+                      std::int64_t kv_token_bytes, const LayerKind& layer) {
   StepWork work;
   const bool cross = layer.type == AttentionType::encoder_decoder;
   for (const ScheduledRequest& r : batch.requests) {
@@ -227,8 +227,7 @@ StepWork measure_work(const RequestBatch& batch, const ModelPreset& model, DType
       const std::int64_t keys =
           layer.window ? std::min<std::int64_t>(all_keys, *layer.window + r.num_draft_tokens)
                        : all_keys;
-      work.decode_bytes += static_cast<double>(keys) * model.num_kv_heads * 2 * model.head_dim *
-                           static_cast<double>(size_of(kv_dtype));
+      work.decode_bytes += static_cast<double>(keys) * static_cast<double>(kv_token_bytes);
       continue;
     }
     const double pairs =

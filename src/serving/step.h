@@ -84,10 +84,11 @@ struct LayerKind {
 /// Useful work of a step in one layer.
 struct StepWork {
   double prefill_flops = 0;  ///< 2 per multiply-add of q.k and p.v over visible pairs only
-  double decode_bytes = 0;   ///< keys and values that decode requests read
+  double decode_bytes = 0;   ///< keys and values that decode requests read, with their scales
 };
-/// `batch` is an encoder batch for encoder attention.
-StepWork measure_work(const RequestBatch& batch, const ModelPreset& model, DType kv_dtype,
-                      const LayerKind& layer);
+/// `batch` is an encoder batch for encoder attention. `kv_token_bytes`: what the cache holds of a
+/// token in one layer.
+StepWork measure_work(const RequestBatch& batch, const ModelPreset& model,
+                      std::int64_t kv_token_bytes, const LayerKind& layer);
 
 }  // namespace attend::serving

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <gmock/gmock.h>
+#include <unistd.h>
 
+#include <filesystem>
 #include <nlohmann/json.hpp>
 
 #include "cli/run_cli.h"
@@ -67,6 +69,65 @@ TEST(ReplayCommand, CrossAttentionReportsItsOwnCache) {
   EXPECT_THAT(r.err, HasSubstr("3000 tokens computed"));
 }
 
+/// A file of value scales for `kSmall` and what else `options` say; gone at the end of the test.
+class CalibratedScales {
+ public:
+  explicit CalibratedScales(const std::string& options)
+      : path_((std::filesystem::temp_directory_path() /
+               ("attend_replay_scales_" + std::to_string(getpid())))
+                  .string()) {
+    const CliResult r = run_cli("calibrate synthetic:requests=4,prompt=40,output=5,shared=32 " +
+                                options + " --output " + path_);
+    EXPECT_EQ(r.exit_code, 0) << r.err;
+  }
+  ~CalibratedScales() { std::filesystem::remove(path_); }
+  std::string option() const { return " --value-scales " + path_ + " "; }
+
+ private:
+  std::string path_;
+};
+
+TEST(ReplayCommand, Int8CachesAreChecked) {
+  for (const std::string model : {"llama-3.1-8b", "gpt-oss-20b"}) {  // the latter with sinks
+    const std::string options = "--layers 2 --model " + model;
+    const CalibratedScales scales(options);
+    for (const std::string format : {"int8_level1", "int8_level2", "int8_per_token_head"}) {
+      SCOPED_TRACE(model + " " + format);
+      const CliResult r = run_cli(
+          kSmall + options + " --check 40 --max-num-seqs 2 --speculative-tokens 2 --json - " +
+          "--kv-cache-dtype " + format + (format == "int8_level1" ? scales.option() : ""));
+      ASSERT_EQ(r.exit_code, 0) << r.err;
+      const auto j = nlohmann::json::parse(r.out);
+      EXPECT_EQ(j.at("kv_cache").at("dtype"), format);
+      EXPECT_GT(j.at("kv_cache").at("block_bytes"), 0);
+      EXPECT_EQ(j.at("check").at("rows"), 40);
+      EXPECT_EQ(j.at("check").at("failed"), 0);
+      EXPECT_GT(j.at("prefix_hit_tokens"), 0);
+      EXPECT_GT(j.at("draft_tokens"), 0);
+      EXPECT_THAT(r.err, HasSubstr(format));
+    }
+  }
+}
+
+TEST(ReplayCommand, ScalesThatDoNotFitAreOneLineAndExitCodeTwo) {
+  const CalibratedScales scales("--layers 2");
+  const std::string level1 = kSmall + "--kv-cache-dtype int8_level1 ";
+  for (const auto& [arguments, text] :
+       {std::pair<std::string, std::string>{level1, "attend calibrate"},
+        {level1 + "--value-scales no/such/file", "no/such/file"},
+        {level1 + scales.option(), "got scales of 2 layers"},
+        {level1 + "--layers 2 --model gpt-oss-20b" + scales.option(), "x 64 elements"},
+        {level1 + "--model whisper-large-v3" + scales.option(), "20 kv heads"},
+        {kSmall + "--layers 2" + scales.option(), "no scales"},
+        {kSmall + "--layers 2 --kv-cache-dtype int8_level2" + scales.option(), "no scales"}}) {
+    const CliResult r = run_cli(arguments);
+    EXPECT_EQ(r.exit_code, 2) << arguments;
+    EXPECT_THAT(r.err, HasSubstr(text)) << arguments;
+    EXPECT_EQ(std::count(r.err.begin(), r.err.end(), '\n'), 1) << r.err;
+    EXPECT_EQ(r.out, "") << arguments;
+  }
+}
+
 TEST(ReplayCommand, BadInputIsOneLineAndExitCodeTwo) {
   for (const auto& [arguments, text] :
        {std::pair<std::string, std::string>{"replay no/such/trace.csv", "no/such/trace.csv"},
@@ -82,6 +143,9 @@ TEST(ReplayCommand, BadInputIsOneLineAndExitCodeTwo) {
         {kSmall + "--scale-lengths -1", "scale-lengths"},
         {kSmall + "--kv-layout xyz", "nhd or hnd"},
         {kSmall + "--cascade on", "auto, vllm, off or always"},
+        {kSmall + "--kv-layout nhd --kv-cache-dtype int8_level2", "HND"},
+        {kSmall + "--kv-cache-dtype int8_level3", "int8_level3"},
+        {kSmall + "--kv-cache-dtype int8_level2 --dtype f32", "16 bits"},
         {kSmall + "--dtype xyz", "f32, f16 or bf16"}}) {
     const CliResult r = run_cli(arguments);
     EXPECT_EQ(r.exit_code, 2) << arguments;

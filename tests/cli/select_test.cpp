@@ -19,6 +19,17 @@ TEST(SelectCommand, PrintsTheChoice) {
   EXPECT_EQ(r.err, "");
 }
 
+TEST(SelectCommand, Int8CachesAreForTheCpu) {
+  for (const std::string format : {"int8_level1", "int8_level2", "int8_per_token_head"}) {
+    EXPECT_EQ(run_cli("select --kv-cache-dtype " + format).exit_code, 0);
+    const CliResult cuda = run_cli("select --platform cuda:9.0 --kv-cache-dtype " + format);
+    EXPECT_EQ(cuda.exit_code, 1);
+    EXPECT_THAT(cuda.out, HasSubstr(format + " runs on the CPU only"));
+    EXPECT_THAT(run_cli("select --help").out, HasSubstr(format));
+    EXPECT_THAT(run_cli("replay --help").out, HasSubstr(format));
+  }
+}
+
 TEST(SelectCommand, NothingFitsIsExitCode1WithEveryReason) {
   const CliResult r = run_cli("select --platform cuda:7.5 --head-size 100 --sink");
   EXPECT_EQ(r.exit_code, 1);

@@ -3,8 +3,10 @@
 
 #include <gmock/gmock.h>
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
+#include <span>
 
 namespace attend::serving {
 namespace {
@@ -76,6 +78,48 @@ class CheckRows : public ::testing::Test {
     return v;
   }
 
+  /// Rows as numbers that codes stand for, with a scale of their own or with given ones.
+  static std::vector<float> coded(std::vector<float> row, std::span<const float> scales = {}) {
+    float amax = 0;
+    for (const float x : row) amax = std::max(amax, std::abs(x));
+    for (std::size_t d = 0; d < row.size(); ++d) {
+      const float scale = scales.empty() ? amax / 127 : scales[d];
+      row[d] = std::clamp(std::nearbyint(row[d] / scale), -127.0F, 127.0F) * scale;
+    }
+    return row;
+  }
+
+  /// The fixture's row from a cache of that format.
+  SampledRow row_of(KvFormat format) {
+    const bool level = is_int8_level(format), level1 = format == KvFormat::int8_level1;
+    const auto plain_q = values(own_content_id(request_), 6, 3, ValueKind::query);
+    const auto q = level ? coded(plain_q) : plain_q;
+    std::vector<double> logits;
+    for (std::int64_t j = 0; j <= 6; ++j) {
+      const auto k = coded(values(content_id(request_, j), j, 1, ValueKind::key));
+      double logit = 0;
+      for (int d = 0; d < 8; ++d) logit += static_cast<double>(q[d]) * k[d];
+      logits.push_back(logit / std::sqrt(8.0));
+    }
+    const double largest = *std::max_element(logits.begin(), logits.end());
+    double exact_sum = 0, sum = 0;
+    std::vector<double> out(8);
+    for (std::int64_t j = 0; j <= 6; ++j) {
+      auto v = values(content_id(request_, j), j, 1, ValueKind::value);
+      if (level1) v = coded(v, std::span(scales_.scales).subspan(24, 8));  // layer 1, head 1
+      if (!level) v = coded(v);
+      const double exact = std::exp(logits[static_cast<std::size_t>(j)] - largest);
+      const double p = level1 ? std::nearbyint(exact * 127) / 127 : exact;
+      exact_sum += exact;
+      sum += p;
+      for (int d = 0; d < 8; ++d) out[d] += p * v[d];
+    }
+    SampledRow row = row_;
+    for (int d = 0; d < 8; ++d) row.out[d] = static_cast<float>(out[d] / sum);
+    row.lse = static_cast<float>(largest + std::log(exact_sum));
+    return row;
+  }
+
   void attend() {
     const auto q = values(own_content_id(request_), 6, 3, ValueKind::query);
     double sum = 0;
@@ -93,14 +137,17 @@ class CheckRows : public ::testing::Test {
     row_.lse = static_cast<float>(std::log(sum));
   }
 
-  CheckSummary check(const SampledRow& row) {
-    return check_rows({row}, model_, generator_, generator_.dtype(), *executor_);
+  CheckSummary check(const SampledRow& row) { return check(row, {generator_.dtype()}); }
+  CheckSummary check(const SampledRow& row, const KvStorage& storage) {
+    return check_rows({row}, model_, generator_, storage, *executor_);
   }
 
   ModelPreset model_;
   Request request_;
   ValueGenerator generator_{9, DType::f32};
   SampledRow row_;
+  // Two layers, two heads; some values are beyond the range of their codes.
+  ValueScales scales_{2, 2, 8, std::vector<float>(32)};
   std::unique_ptr<Executor> executor_ = make_thread_pool(2);
 };
 
@@ -145,6 +192,29 @@ TEST_F(CheckRows, KnowsWhoseKeysEveryTypeOfAttentionHas) {
   EXPECT_EQ(check(encoder).failed, 1);
   cross.type = AttentionType::decoder;
   EXPECT_EQ(check(cross).failed, 1);
+}
+
+TEST_F(CheckRows, KnowsWhatEveryInt8FormatMakesOfARow) {
+  for (std::size_t i = 0; i < 32; ++i) {
+    scales_.scales[i] = static_cast<float>(1.2 + 0.03 * static_cast<double>(i)) / 127;
+  }
+  const std::vector<KvStorage> storages = {{DType::f32},
+                                           {DType::i8, KvFormat::int8_level1, &scales_},
+                                           {DType::i8, KvFormat::int8_level2},
+                                           {DType::i8, KvFormat::int8_per_token_head}};
+  for (const KvStorage& made : storages) {
+    const SampledRow row = made.format == KvFormat::plain ? row_ : row_of(made.format);
+    for (const KvStorage& assumed : storages) {
+      const CheckSummary s = check(row, assumed);
+      EXPECT_EQ(s.failed, made.format == assumed.format ? 0 : 1)
+          << to_string(made.format) << " checked as " << to_string(assumed.format) << ", "
+          << s.worst_ratio_to_bound << " of the bound";
+    }
+  }
+  ValueScales other = scales_;
+  other.scales[24] *= 1.01F;
+  const KvStorage wrong{DType::i8, KvFormat::int8_level1, &other};
+  EXPECT_EQ(check(row_of(KvFormat::int8_level1), wrong).failed, 1);
 }
 
 TEST_F(CheckRows, FailsAWrongElementAndSaysWhere) {

@@ -110,13 +110,13 @@ TEST(StepWork, CountsVisiblePairsAndBytes) {
   model.num_q_heads = 4;
   model.num_kv_heads = 2;
   model.head_dim = 8;
-  const StepWork all = measure_work(two.batch, model, DType::bf16, {});
+  const StepWork all = measure_work(two.batch, model, 100, {});
   EXPECT_EQ(all.prefill_flops, (5 + 6 + 7) * 4 * 4 * 8);
-  EXPECT_EQ(all.decode_bytes, 21 * 2 * 2 * 8 * 2);
-  const StepWork windowed = measure_work(two.batch, model, DType::bf16, {.window = 6});
+  EXPECT_EQ(all.decode_bytes, 21 * 100);
+  const StepWork windowed = measure_work(two.batch, model, 100, {.window = 6});
   EXPECT_EQ(windowed.prefill_flops, (5 + 6 + 6) * 4 * 4 * 8);
-  EXPECT_EQ(windowed.decode_bytes, 6 * 2 * 2 * 8 * 2);
-  const StepWork tiny = measure_work(two.batch, model, DType::bf16, {.window = 1});
+  EXPECT_EQ(windowed.decode_bytes, 6 * 100);
+  const StepWork tiny = measure_work(two.batch, model, 100, {.window = 1});
   EXPECT_EQ(tiny.prefill_flops, 3 * 4 * 4 * 8);
 }
 
@@ -166,10 +166,9 @@ TEST(StepWork, CrossAttentionSeesAllEncoderTokens) {
   model.num_kv_heads = 2;
   model.head_dim = 8;
   model.encoder_tokens = 30;
-  const StepWork work =
-      measure_work(two.batch, model, DType::bf16, {AttentionType::encoder_decoder});
+  const StepWork work = measure_work(two.batch, model, 100, {AttentionType::encoder_decoder});
   EXPECT_EQ(work.prefill_flops, 3 * 30 * 4 * 4 * 8);
-  EXPECT_EQ(work.decode_bytes, 30 * 2 * 2 * 8 * 2);
+  EXPECT_EQ(work.decode_bytes, 30 * 100);
 }
 
 TEST(StepWork, EncodersSeeTheWholePrompt) {
@@ -179,9 +178,8 @@ TEST(StepWork, EncodersSeeTheWholePrompt) {
   model.num_q_heads = model.num_kv_heads = 2;
   model.head_dim = 8;
   model.attn_type = AttentionType::encoder_only;
-  EXPECT_EQ(
-      measure_work(two.batch, model, DType::bf16, {AttentionType::encoder_only}).prefill_flops,
-      81 * 2 * 4 * 8);
+  EXPECT_EQ(measure_work(two.batch, model, 100, {AttentionType::encoder_only}).prefill_flops,
+            81 * 2 * 4 * 8);
 }
 
 }  // namespace

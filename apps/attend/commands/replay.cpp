@@ -9,6 +9,7 @@
 #include <optional>
 #include <string>
 
+#include "attend/cache/value_scales.h"
 #include "attend/core/error.h"
 #include "attend/core/executor.h"
 #include "bench/ceilings.h"
@@ -26,6 +27,7 @@ struct ReplayOptions {
   std::string dtype;
   std::string kv_layout;
   std::string cascade = "auto";
+  std::string value_scales;
   std::optional<int> threads;
   std::string json_path;
   serving::ReplayConfig config;  // the options that need no parsing go straight in
@@ -40,7 +42,7 @@ What the numbers mean:
                inputs is not counted
   step         one batch through scheduler, metadata builder and all layers
   prefill      useful floating-point operations (visible query-key pairs only) per second
-  decode       bytes of keys and values per second that requests generating a token read
+  decode       bytes of keys, values and their scales per second that requests generating a token read
                A step with both is divided in proportion to what each part would take at its
                ceiling. Both ceilings are measured after the run, on this machine.
   prefix hits  prompt tokens that were found in the cache and not computed
@@ -53,6 +55,8 @@ Examples:
   attend replay synthetic --check 100
   attend replay trace.csv --model qwen3-32b --limit 200 --json result.json
   attend replay synthetic --model gpt-oss-20b --speculative-tokens 3 --acceptance 0.6 --check 200
+  attend calibrate synthetic --layers 1 --output scales.safetensors
+  attend replay synthetic --kv-cache-dtype int8_level1 --value-scales scales.safetensors --check 100
   attend replay trace.jsonl --scale-lengths 0.1 --num-blocks 2000 --check 200
 
 Exit code: 0 done, 1 a checked row was wrong, 2 bad option or trace.
@@ -89,8 +93,14 @@ void add_options(CLI::App& command, ReplayOptions& o) {
          "N");
   option("--dtype", o.dtype, "f32, f16 or bf16; default: the model's", "D");
   option("--kv-cache-dtype", c.kv_cache_dtype,
-         "Type of the cache: auto (= --dtype), fp8_e4m3 or fp8_e5m2", "D")
+         "Type of the cache: auto (= --dtype), fp8_e4m3, fp8_e5m2, int8_level1 (int8 keys and "
+         "values), int8_level2 (int8 keys, 16-bit values) or int8_per_token_head",
+         "D")
       ->capture_default_str();
+  option("--value-scales", o.value_scales,
+         "Scales of the values, from attend calibrate with the same --model and --layers: for "
+         "int8_level1, which needs them",
+         "FILE");
   option("--kv-layout", o.kv_layout, "nhd or hnd; default: hnd unless the back end insists", "L");
   option("--speculative-tokens", c.num_speculative_tokens,
          "Draft tokens that a decode verifies in one step", "K")
@@ -140,6 +150,9 @@ void run(ReplayOptions o) {
   config.kv_layout = parse_choice("kv-layout", o.kv_layout, &parse_kv_layout, "nhd or hnd");
   config.cascade =
       *parse_choice("cascade", o.cascade, &parse_cascade_mode, "auto, vllm, off or always");
+  std::optional<ValueScales> scales;
+  if (!o.value_scales.empty()) scales = ValueScales::load(o.value_scales);
+  config.value_scales = scales ? &*scales : nullptr;
   std::unique_ptr<Executor> own_pool;
   if (o.threads) own_pool = make_thread_pool(*o.threads);
   config.executor = own_pool ? own_pool.get() : &default_executor();

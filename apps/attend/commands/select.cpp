@@ -97,7 +97,10 @@ void add_options(CLI::App& command, SelectOptions& o) {
   command.add_option("--dtype", o.dtype, "Type of queries, keys and values: f32, f16 or bf16")
       ->type_name("D")
       ->capture_default_str();
-  command.add_option("--kv-cache-dtype", c.kv_cache_dtype, "Type of the cache; auto = --dtype")
+  command
+      .add_option("--kv-cache-dtype", c.kv_cache_dtype,
+                  "Type of the cache: auto (= --dtype), f16, bf16, f32, fp8_e4m3, fp8_e5m2, "
+                  "int8_level1, int8_level2 or int8_per_token_head")
       ->type_name("D")
       ->capture_default_str();
   command.add_option("--block-size", c.block_size, "Tokens in a cache block; unset = any")
