@@ -59,7 +59,8 @@ nlohmann::ordered_json to_json(const ReplayReport& report) {
                    {"block_size", r.block_size},
                    {"peak_used_blocks", r.peak_used_blocks},
                    {"block_bytes", r.block_bytes},
-                   {"dtype", r.kv_cache_dtype}};
+                   {"dtype", nullptr}};
+  if (!r.kv_cache_dtype.empty()) j["kv_cache"]["dtype"] = r.kv_cache_dtype;
   j["encoder_tokens"] = r.counters.encoder_tokens;
   j["encoder_cache"] = {{"num_blocks", r.num_encoder_blocks},
                         {"peak_used_blocks", r.peak_used_encoder_blocks}};

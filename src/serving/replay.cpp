@@ -140,7 +140,6 @@ Engine::Engine(const Trace& trace, const ReplayConfig& config)
   set_value_scales(storage_, config.value_scales, model_, config.num_layers);
   result_.backend = backend_.name();
   result_.dtype = dtype_;
-  result_.kv_cache_dtype = storage_.name();
   result_.requests = static_cast<std::int64_t>(trace.requests.size());
   for (const Request& r : trace.requests) {
     result_.prompt_tokens += r.prompt_tokens;
@@ -211,6 +210,7 @@ void Engine::choose_blocks() {
   result_.block_size = config_.block_size.value_or(backend_.preferred_block_size(16));
   KvCacheSpec one = cache_spec();
   one.num_blocks = 1;
+  result_.kv_cache_dtype = storage_.name();
   result_.block_bytes = kv_layer_bytes(backend_, one);
   result_.num_blocks = choose_number(
       "num-blocks", config_.num_blocks,

@@ -62,7 +62,7 @@ struct ReplayConfig {
 struct ReplayResult {
   std::string backend;
   DType dtype = DType::bf16;
-  std::string kv_cache_dtype;  ///< name of the dtype or format that the cache holds
+  std::string kv_cache_dtype;  ///< name of the dtype or format that it holds; empty without one
   KvLayout kv_layout = KvLayout::hnd;
   std::int64_t num_blocks = 0;  ///< 0 without a cache
   int block_size = 0;

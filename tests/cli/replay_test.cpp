@@ -45,6 +45,20 @@ TEST(ReplayCommand, JsonHasTheStableKeysAndStandsAlone) {
   EXPECT_EQ(j.at("threads"), 1);
 }
 
+TEST(ReplayCommand, SaysWhatTheCacheHolds) {
+  const auto cache = [](const std::string& options) {
+    const CliResult r = run_cli(kSmall + options + " --json -");
+    EXPECT_EQ(r.exit_code, 0) << r.err;
+    return nlohmann::json::parse(r.out).at("kv_cache");
+  };
+  const auto plain = cache(""), encoder = cache("--model bert-base");
+  EXPECT_EQ(plain.at("dtype"), "bf16");
+  EXPECT_EQ(plain.at("block_bytes"), 16 * 8 * 128 * 2 * 2);
+  EXPECT_TRUE(encoder.at("dtype").is_null());
+  EXPECT_EQ(encoder.at("block_bytes"), 0);
+  EXPECT_EQ(cache("--kv-cache-dtype fp8").at("dtype"), "fp8_e4m3");
+}
+
 TEST(ReplayCommand, SpeculativeTokensAreCountedAndChecked) {
   const CliResult r =
       run_cli(kSmall + "--speculative-tokens 2 --acceptance 0.5 --check 20 --json -");

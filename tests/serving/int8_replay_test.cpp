@@ -109,6 +109,13 @@ TEST_P(Int8Replay, SharesPrefixesAndSurvivesPreemption) {
   EXPECT_GT(r.counters.prefix_hit_tokens, 0);
 }
 
+TEST_P(Int8Replay, ChecksOutWithPrefixesReadOnce) {
+  config_.cascade = CascadeMode::always;
+  const ReplayResult r = expect_correct(make_synthetic(
+      SyntheticConfig::parse("synthetic:requests=4,prompt=320,output=6,shared=300"), 5));
+  EXPECT_GT(r.cascade_steps, 0);
+}
+
 TEST_P(Int8Replay, ChecksOutWithDrafts) {
   config_.num_speculative_tokens = 4;
   config_.acceptance = 0.6;

@@ -42,7 +42,7 @@ What the numbers mean:
                inputs is not counted
   step         one batch through scheduler, metadata builder and all layers
   prefill      useful floating-point operations (visible query-key pairs only) per second
-  decode       bytes of keys, values and their scales per second that requests generating a token read
+  decode       bytes of keys, values and scales per second that requests generating a token read
                A step with both is divided in proportion to what each part would take at its
                ceiling. Both ceilings are measured after the run, on this machine.
   prefix hits  prompt tokens that were found in the cache and not computed
