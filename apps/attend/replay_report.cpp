@@ -53,6 +53,9 @@ nlohmann::ordered_json to_json(const ReplayReport& report) {
   j["preemptions"] = r.counters.preemptions;
   j["prefix_hit_tokens"] = r.counters.prefix_hit_tokens;
   j["cascade_steps"] = r.cascade_steps;
+  j["cascade_reasons"] = nlohmann::ordered_json::object();
+  for (const auto& [reason, count] : r.cascade_reasons)
+    j["cascade_reasons"][std::string(to_string(reason))] = count;
   j["draft_tokens"] = r.counters.draft_tokens;
   j["accepted_tokens"] = r.counters.accepted_tokens;
   j["kv_cache"] = {{"num_blocks", r.num_blocks},
@@ -125,6 +128,8 @@ void print_table(const ReplayReport& report, std::FILE* out) {
                    static_cast<double>(r.prompt_tokens));
     fmt::print(out, "{:<18}{} of {} steps attended once to what requests share\n", "cascade",
                r.cascade_steps, r.steps.size());
+    for (const auto& [reason, count] : r.cascade_reasons)
+      fmt::print(out, "{:<18}{} times: {}\n", "", count, to_string(reason));
     fmt::print(out, "{:<18}{}\n", "preemptions", r.counters.preemptions);
   }
   if (r.counters.draft_tokens > 0) {

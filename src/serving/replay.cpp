@@ -297,7 +297,9 @@ void Engine::build_metadata(const StepInput& input) {
     group.metadata = group.builder->build(cross ? 0 : m.common_prefix_len, m.common);
     workspace_bytes = std::max(workspace_bytes, group.metadata->workspace_bytes());
     const CascadeDecision* cascade = group.metadata->cascade_decision();
-    shares |= cascade != nullptr && !cascade->prefixes.empty();
+    if (cascade == nullptr) continue;
+    shares |= !cascade->prefixes.empty();
+    ++result_.cascade_reasons[cascade->reason];
   }
   result_.cascade_steps += shares ? 1 : 0;
   workspace_.reserve(workspace_bytes);

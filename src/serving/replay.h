@@ -2,6 +2,7 @@
 #pragma once
 #include <cstdint>
 #include <functional>
+#include <map>
 #include <optional>
 #include <string>
 #include <vector>
@@ -73,6 +74,8 @@ struct ReplayResult {
   std::int64_t requests = 0;
   std::int64_t prompt_tokens = 0;
   std::int64_t cascade_steps = 0;  ///< in which layers attended once to what requests share
+  /// How often each reason decided, once a step and kind of layers.
+  std::map<CascadeReason, std::int64_t> cascade_reasons;
   SchedulerCounters counters;
   std::vector<StepRecord> steps;
   CheckSummary check;

@@ -25,6 +25,8 @@ TEST(ReplayCommand, JsonHasTheStableKeysAndStandsAlone) {
   }
   EXPECT_EQ(j.at("preemptions"), 0);
   EXPECT_EQ(j.at("cascade_steps"), 0);
+  EXPECT_EQ(j.at("cascade_reasons").at("no two requests begin with the same 256 cached keys"),
+            j.at("steps"));
   EXPECT_EQ(j.at("draft_tokens"), 0);
   EXPECT_EQ(j.at("accepted_tokens"), 0);
   for (const auto* key : {"num_blocks", "block_size", "peak_used_blocks"}) {
