@@ -86,6 +86,21 @@ TEST(FlashAttnCapture, RefreshingDoesNotAllocate) {
   EXPECT_EQ(testing::num_allocations(), before);
 }
 
+TEST(FlashAttnCapture, TheWorkspaceOfInt8LayersHasOneSizeToo) {
+  Step few(decodes({700, 3}, 1)), many(decodes({5999, 1, 2, 3, 4, 5, 6, 7}, 3));
+  BuilderConfig config = few.builder_config;
+  config.capture = kLimits;
+  config.cache.num_blocks = 4000;
+  config.cache.dtype = DType::i8;
+  config.cache.format = KvFormat::int8_level1;
+  const auto builder = find_backend("FLASH_ATTN").make_builder(config);
+  const auto metadata = builder->build_for_capture(few.batch);
+  const std::size_t bytes = metadata->workspace_bytes();
+  EXPECT_GE(bytes, builder->build(0, many.batch)->workspace_bytes());
+  builder->refresh(*metadata, many.batch);
+  EXPECT_EQ(metadata->workspace_bytes(), bytes);
+}
+
 TEST(FlashAttnCapture, CopiesForOtherCacheGroupsFollow) {
   const StepOptions o = decodes({900, 20, 3}, 4);
   Step first(decodes({5000, 700, 3}, 1)), group(o), built(o);
