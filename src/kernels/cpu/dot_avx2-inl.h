@@ -49,7 +49,7 @@ struct Dot {
   template <typename Beside>
   ATTEND_INLINE static void pack_values(const std::int8_t* const* rows, int head_dim,
                                         std::int8_t* panel, Beside& beside) {
-    beside.template beside_pv<0>();
+    beside.template beside_weave<0>();
     const auto half = [&](int j, int c) ATTEND_LAMBDA {
       return _mm_loadl_epi64(reinterpret_cast<const __m128i*>(rows[j] + c));
     };

@@ -70,7 +70,7 @@ struct Dot {
     const I deal = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
     int c = 0;
     for (; c + 64 <= head_dim; c += 64) {
-      beside.template beside_pv<kDotBytes * 64>();
+      beside.template beside_weave<kDotBytes * 64>();
       const auto row = [&](int j) ATTEND_LAMBDA {
         return _mm512_permutexvar_epi32(deal, _mm512_loadu_si512(rows[j] + c));
       };

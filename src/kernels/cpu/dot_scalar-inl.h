@@ -62,7 +62,7 @@ struct Dot {
   template <typename Beside>
   ATTEND_INLINE static void pack_values(const std::int8_t* const* rows, int head_dim,
                                         std::int8_t* panel, Beside& beside) {
-    beside.template beside_pv<0>();
+    beside.template beside_weave<0>();
     weave_values(rows, 0, head_dim, panel);
   }
 };

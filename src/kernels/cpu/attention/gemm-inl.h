@@ -58,8 +58,20 @@ struct PrefetchRows {
     lines<(kBytes / 64 * 3 + 3) / 4>();
   }
   ATTEND_INLINE void beside_softmax_row() { lines<16>(); }
+  template <int kBytes>
+  ATTEND_INLINE void beside_weave() {
+    lines<kBytes / 64 / 4>();
+  }
+  template <int kBytes>
+  ATTEND_INLINE void beside_int8_pv() {
+    lines<kBytes / 64 / 2>();
+  }
 };
 struct NoPrefetch {
+  template <int kBytes>
+  ATTEND_INLINE void beside_weave() {}
+  template <int kBytes>
+  ATTEND_INLINE void beside_int8_pv() {}
   template <int kBytes>
   ATTEND_INLINE void beside_pack() {}
   template <int kBytes>

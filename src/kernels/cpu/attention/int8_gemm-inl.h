@@ -61,16 +61,17 @@ struct PackedCodes {
   int columns;  // of a row of groups
 };
 
-/// acc = acc * keep + (sum over keys [begin, end) of weights * values) / kWeightLevels * take, R
+/// acc = acc * keep + (sum over `keys` of weights * values) / kWeightLevels * take, R
 /// rows, V vectors of columns from t.acc on. The bounds are multiples of 4; weights of masked keys
 /// are 0.
-template <int R, int V>
+template <int R, int V, typename Prefetch>
 ATTEND_INLINE void int8_pv_tile(const std::uint8_t* weights, const PvRows& t,
-                                const PackedCodes& values, int begin, int end) {
+                                const PackedCodes& values, KeyRange keys, Prefetch& prefetch) {
   Dot::I c[R][V];
   for (int r = 0; r < R; ++r)
     for (int v = 0; v < V; ++v) c[r][v] = Dot::zero();
-  for (int j = begin; j < end; j += kDotBytes) {
+  for (int j = keys.lo; j < keys.hi; j += kDotBytes) {
+    prefetch.template beside_int8_pv<kDotBytes * V * Simd::kLanes>();
     const std::int8_t* group = values.at + std::int64_t{j} * values.columns;
     Dot::I b[V];
     for (int v = 0; v < V; ++v) b[v] = Dot::load(group + v * Simd::kLanes * kDotBytes);

@@ -121,23 +121,28 @@ struct Int8ValuesRunner : Int8UnitRunner<std::int8_t> {
       const KeyRange keys{tile.lo / kDotBytes * kDotBytes,
                           static_cast<int>(plan::round_up(tile.hi, kDotBytes))};
       with_tile_rows(tile_end - r, [&](auto height) ATTEND_LAMBDA {
-        add_values<decltype(height)::value>(r, begin, keys);
+        if (fetches()) {
+          add_values<decltype(height)::value>(r, begin, keys, next);
+        } else {
+          NoPrefetch none;
+          add_values<decltype(height)::value>(r, begin, keys, none);
+        }
       });
     }
   }
 
-  template <int R>
-  void add_values(int r, int begin, KeyRange keys) {
+  template <int R, typename Prefetch>
+  void add_values(int r, int begin, KeyRange keys, Prefetch& prefetch) {
     constexpr int kVecs = Simd::kTileVecs, kStep = kVecs * Simd::kLanes;
     const std::uint8_t* first = weight_row(r - begin);
     const PvRows t{nullptr, acc + std::int64_t{r} * dv_padded, dv_padded, keep + r, take + r};
     int c = 0;
     if constexpr (2 * R <= Simd::kTileRows) {
       for (; c + 2 * kStep <= dv_padded; c += 2 * kStep)
-        int8_pv_tile<R, 2 * kVecs>(first, t.at(c), values_from(c), keys.lo, keys.hi);
+        int8_pv_tile<R, 2 * kVecs>(first, t.at(c), values_from(c), keys, prefetch);
     }
     for (; c < dv_padded; c += kStep)
-      int8_pv_tile<R, kVecs>(first, t.at(c), values_from(c), keys.lo, keys.hi);
+      int8_pv_tile<R, kVecs>(first, t.at(c), values_from(c), keys, prefetch);
   }
   PackedCodes values_from(int column) const { return {panel() + column * kDotBytes, dv_padded}; }
 };

@@ -171,6 +171,19 @@ struct UnitRunner : UnitState<T, K, V> {
                  [&](int j, const float* scale) ATTEND_LAMBDA { to[j - base] = *scale; });
   }
 
+  /// Fetches what load_scales will read, once a line.
+  ATTEND_NOINLINE void fetch_scales(const float* scales, const KvStrides& strides, KeyRange range,
+                                    int base) const {
+    const HeadRows<float> rows_of_one{scales + u.kv_head * strides.head, strides, u.request};
+    std::uintptr_t last = 0;
+    for_each_key(p, rows_of_one, base + range.lo, base + range.hi,
+                 [&](int, const float* scale) ATTEND_LAMBDA {
+                   const std::uintptr_t line = reinterpret_cast<std::uintptr_t>(scale) / 64;
+                   if (line != last) __builtin_prefetch(scale, 0, 2);
+                   last = line;
+                 });
+  }
+
   /// A single tile means decode, bound by memory: it fetches the next piece meanwhile.
   bool fetches() const { return rows <= Simd::kTileRows; }
 
@@ -518,6 +531,8 @@ struct UnitRunner : UnitState<T, K, V> {
     const KeyRange range = piece_range(0, rows, base);
     if (range.lo >= range.hi) return;
     point_rows(range, base);
+    if (p.k_scale != nullptr) fetch_scales(p.k_scale, p.k_scale_strides, range, base);
+    if (p.v_scale != nullptr) fetch_scales(p.v_scale, p.v_scale_strides, range, base);
     has_next = true;
   }
 
