@@ -35,12 +35,14 @@ bool has_avx512_level(const X86Features& f) noexcept {
 
 IsaLevel best_isa(const X86Features& f) noexcept {
   constexpr int kVnni = 11;
+  constexpr int kVbmi = 1;
   constexpr int kFp16 = 23;
   constexpr int kBf16 = 5;
   if (!has_avx2_level(f)) return IsaLevel::scalar;
   if (!has_avx512_level(f)) return IsaLevel::avx2;
   if (!has(f.leaf7_ecx, {kVnni})) return IsaLevel::avx512;
-  if (!has(f.leaf7_edx, {kFp16}) || !has(f.leaf7_1_eax, {kBf16})) return IsaLevel::avx512_vnni;
+  if (!has(f.leaf7_edx, {kFp16}) || !has(f.leaf7_1_eax, {kBf16}) || !has(f.leaf7_ecx, {kVbmi}))
+    return IsaLevel::avx512_vnni;
   return IsaLevel::avx512_spr;
 }
 

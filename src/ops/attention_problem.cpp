@@ -317,9 +317,7 @@ std::size_t num_work(const std::vector<T>& all) {
 void run_plan(const cpu::AttentionProblem& problem, const AttentionPlan& plan, Workspace workspace,
               Executor& executor) {
   const cpu::AttentionKernel& kernel = cpu::attention_kernel(plan.isa);
-  const cpu::RunUnitFn run_unit =
-      problem.q_dtype == DType::i8 ? cpu::int8_attention_kernel(plan.isa).run_unit(problem.v_dtype)
-                                   : kernel.run_unit(problem.k_dtype);
+  const cpu::RunUnitFn run_unit = cpu::run_unit_of(plan.isa, problem);
   const auto address = (reinterpret_cast<std::uintptr_t>(workspace.data) + 63) / 64 * 64;
   float* base = reinterpret_cast<float*>(address);
   const auto layout = plan::scratch_layout(plan.max_unit_rows, plan.head_dim_qk, plan.head_dim_v);

@@ -23,7 +23,7 @@ constexpr std::uint32_t bits(std::initializer_list<int> positions) {
 X86Features full() {
   return {.leaf1_ecx = bits({12, 28, 29}),
           .leaf7_ebx = bits({5, 16, 17, 30, 31}),
-          .leaf7_ecx = bits({11}),
+          .leaf7_ecx = bits({1, 11}),
           .leaf7_edx = bits({23}),
           .leaf7_1_eax = bits({5}),
           .xcr0 = 0xE7};
@@ -45,6 +45,7 @@ TEST(X86FeaturesTest, EachMissingPieceLowersTheLevel) {
     EXPECT_EQ(without([&](X86Features& f) { f.leaf7_ebx &= ~bits({bit}); }), avx2) << bit;
   }
   EXPECT_EQ(without([](X86Features& f) { f.leaf7_ecx = 0; }), avx512);
+  EXPECT_EQ(without([](X86Features& f) { f.leaf7_ecx = bits({11}); }), avx512_vnni);
   EXPECT_EQ(without([](X86Features& f) { f.leaf7_edx = 0; }), avx512_vnni);
   EXPECT_EQ(without([](X86Features& f) { f.leaf7_1_eax = 0; }), avx512_vnni);
 }

@@ -9,7 +9,7 @@
 namespace attend {
 
 /// Instruction-set levels, each including the ones before it.
-/// avx512 = F, BW, VL, DQ; avx512_vnni adds VNNI; avx512_spr adds BF16 and FP16.
+/// avx512 = F, BW, VL, DQ; avx512_vnni adds VNNI; avx512_spr adds BF16, FP16, VBMI.
 enum class IsaLevel : std::uint8_t { scalar, avx2, avx512, avx512_vnni, avx512_spr };
 
 std::string_view to_string(IsaLevel level) noexcept;

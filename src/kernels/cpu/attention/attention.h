@@ -133,6 +133,11 @@ struct AttentionKernel {
   }
 };
 
+/// Kernels over fp8 keys and values of a level that decodes them faster than the level below.
+struct Fp8AttentionKernel {
+  RunUnitFn run_unit_e4m3, run_unit_e5m2;
+};
+
 /// One ISA level's kernels for int8 queries and keys. Their partials are reduced by the above.
 struct Int8AttentionKernel {
   IsaLevel isa;
@@ -141,6 +146,9 @@ struct Int8AttentionKernel {
     return values == DType::i8 ? run_unit_i8 : values == DType::f16 ? run_unit_f16 : run_unit_bf16;
   }
 };
+
+/// What runs the units of a problem: the best kernel whose level is not above `level`.
+RunUnitFn run_unit_of(IsaLevel level, const AttentionProblem& problem) noexcept;
 
 /// Best kernel whose level is not above `level`.
 const AttentionKernel& attention_kernel(IsaLevel level) noexcept;

@@ -99,6 +99,18 @@ struct PairedKeyPanel {
   ATTEND_INLINE void next_dims() { at += kUnroll / 2 * plan::kPanelKeys; }
 };
 #endif
+#if ATTEND_VBMI
+/// Packed pairs of decoded codes: of four dimensions, two panel rows hold the first and third, the
+/// second and fourth.
+struct CodePairKeyPanel {
+  const float* at;
+  ATTEND_INLINE auto load(int d, int j) const {
+    const float* pairs = at + d % 2 * plan::kPanelKeys + j;
+    return d < 2 ? Simd::first_of_pairs(pairs) : Simd::second_of_pairs(pairs);
+  }
+  ATTEND_INLINE void next_dims() { at += kUnroll / 2 * plan::kPanelKeys; }
+};
+#endif
 
 /// s[r * kPieceSize + j] = sum_d q[r * head_dim + d] * key j's dimension d, R rows.
 /// The keys had kKeyBytes bytes an element before they were packed.
@@ -149,14 +161,16 @@ struct CachedValues {
   }
 };
 
-/// The same for pairs of vectors with interleaved columns; `col` is a multiple of a pair.
+/// The same for pairs of vectors with interleaved columns; `col` is a multiple of a pair. kBytes:
+/// of a column as it lies in memory.
+template <int kBytes>
 struct CachedPairs {
-  static constexpr int kBytesPerColumn = sizeof(bf16);
+  static constexpr int kBytesPerColumn = kBytes;
   const bf16* const* rows;
   int col;
 };
-template <int V>
-ATTEND_INLINE void load_values(const CachedPairs& values, int j, Simd::F* out) {
+template <int V, int kBytes>
+ATTEND_INLINE void load_values(const CachedPairs<kBytes>& values, int j, Simd::F* out) {
   for (int v = 0; v < V; v += 2)
     Simd::widen_pairs(values.rows[j] + values.col + v * Simd::kLanes, out + v, out + v + 1);
 }

@@ -45,6 +45,7 @@ struct UnitRunner : UnitState<T, K, V> {
 
   bool packed_panel[plan::kPanels];
   bool values_packed;
+  bool values_late;  // staged: decoded a few rows at a time, where they are multiplied
   bool values_finite;
   bool values_scanned;
   bool has_next;  // the next_ pointers are set
@@ -187,6 +188,14 @@ struct UnitRunner : UnitState<T, K, V> {
   /// A single tile means decode, bound by memory: it fetches the next piece meanwhile.
   bool fetches() const { return rows <= Simd::kTileRows; }
 
+#if ATTEND_VBMI
+  /// A single tile reads each panel once: codes are decoded on their way into it.
+  static constexpr bool kMayPackCodes = std::is_same_v<K, fp8_e4m3> || std::is_same_v<K, fp8_e5m2>;
+#else
+  static constexpr bool kMayPackCodes = false;
+#endif
+  bool packs_codes() const { return kMayPackCodes && fetches() && p.head_dim_qk % 32 == 0; }
+
 #if ATTEND_BF16_PAIRS
   /// A single tile reads each panel once.
   static constexpr bool kMayPackPairs = std::is_same_v<T, bf16>;
@@ -200,6 +209,15 @@ struct UnitRunner : UnitState<T, K, V> {
     const int first = panel * plan::kPanelKeys;
     NoPrefetch none;
     for (int j = 0; j < plan::kPanelKeys; j += Simd::kLanes) {
+#if ATTEND_VBMI
+      if constexpr (kMayPackCodes) {
+        if (packs_codes()) {
+          CodeTable<K>().template pack_pairs<plan::kPanelKeys>(stored_k_rows + first + j,
+                                                               p.head_dim_qk, to + j, next);
+          continue;
+        }
+      }
+#endif
       const T* const* keys = k_rows + first + j;
 #if ATTEND_BF16_PAIRS
       if constexpr (kMayPackPairs) {
@@ -278,6 +296,14 @@ struct UnitRunner : UnitState<T, K, V> {
   template <int R>
   void multiply_panel(int r, const float* keys, int /*key_begin*/, float* sr) {
     const float* qr = q + std::int64_t{r} * p.head_dim_qk;
+#if ATTEND_VBMI
+    if constexpr (kMayPackCodes) {
+      if (packs_codes()) {
+        qk_tile<R, sizeof(K)>(qr, p.head_dim_qk, CodePairKeyPanel{keys}, sr, next);
+        return;
+      }
+    }
+#endif
 #if ATTEND_BF16_PAIRS
     if constexpr (kMayPackPairs) {
       if (packs_pairs()) {
@@ -367,6 +393,9 @@ struct UnitRunner : UnitState<T, K, V> {
     for (int from = tile.lo; from < tile.hi;) {
       const int group_end = (from / plan::kPanelKeys + 1) * plan::kPanelKeys;
       const int to = group_end < tile.hi ? group_end : tile.hi;
+      if constexpr (kStaged) {
+        if (values_late) decode_values({from, to});
+      }
       t.first = from == tile.lo;
       t.last = to == tile.hi;
       add_cached_values<R>(t, KeyRange{from, to});
@@ -388,7 +417,7 @@ struct UnitRunner : UnitState<T, K, V> {
     };
     if constexpr (std::is_same_v<T, bf16>) {
       if (has_paired_columns<T>(rows, p.head_dim_v)) {
-        columns(CachedPairs{v_rows, 0});
+        columns(CachedPairs<sizeof(V)>{v_rows, 0});
         return;
       }
     }
@@ -401,15 +430,20 @@ struct UnitRunner : UnitState<T, K, V> {
 #endif
   }
 
+  /// Whether rows [begin, end) see the same keys.
+  bool same_masks(int begin, int end) const {
+    bool same = true;
+    for (int i = begin; i < end; ++i) same &= lo[i] == lo[begin] && hi[i] == hi[begin];
+    return same;
+  }
+
   void outputs(int begin, int end, int base, KeyRange unit_range) {
     if (!values_packed && rows > Simd::kTileRows) pack_values(unit_range);
     for (int r = begin; r < end; r += Simd::kTileRows) {
       const int tile_end = r + Simd::kTileRows < end ? r + Simd::kTileRows : end;
       const KeyRange tile = piece_range(r, tile_end, base);
       if (tile.lo >= tile.hi) continue;
-      bool same = true;
-      for (int i = r; i < tile_end; ++i) same &= lo[i] == lo[r] && hi[i] == hi[r];
-      if (same || all_values_finite(unit_range)) {
+      if (same_masks(r, tile_end) || all_values_finite(unit_range)) {
         with_tile_rows(tile_end - r, [&](auto height) ATTEND_LAMBDA {
           add_values<decltype(height)::value>(r, begin, tile);
         });
@@ -436,17 +470,38 @@ struct UnitRunner : UnitState<T, K, V> {
   ATTEND_NOINLINE void decode_rows(int piece) {
     const KeyRange range = piece_range(0, rows, piece * kPieceSize);
     if (range.lo >= range.hi) return;
+    values_late = fetches() && same_masks(0, rows);
     for (int j = 0; j < kPieceSize; ++j) {
       const bool visible = j >= range.lo && j < range.hi;
       const std::int64_t row = visible ? j : range.lo;
       k_rows[j] = staged_k + row * p.head_dim_qk;
       v_rows[j] = staged_v + row * p.head_dim_v;
-      if (!visible) continue;
-      if (fetches()) next.template lines<1>();
-      Simd::decode(stored_k_rows[j], p.head_dim_qk, staged_k + row * p.head_dim_qk);
-      if (fetches()) next.template lines<1>();
-      Simd::decode(stored_v_rows[j], p.head_dim_v, staged_v + row * p.head_dim_v);
     }
+    if (!packs_codes()) {
+      for (int j = range.lo; j < range.hi; ++j) {
+        if (fetches()) next.template lines<1>();
+        decode_row(stored_k_rows[j], p.head_dim_qk, staged_k + std::int64_t{j} * p.head_dim_qk);
+      }
+    }
+    if (!values_late) decode_values(range);
+  }
+
+  void decode_values(KeyRange range) {
+    for (int j = range.lo; j < range.hi; ++j)
+      decode_row(stored_v_rows[j], p.head_dim_v, staged_v + std::int64_t{j} * p.head_dim_v);
+  }
+
+  template <typename Code>
+  ATTEND_INLINE void decode_row(const Code* from, int n, T* to) {
+    int whole = 0;
+#if ATTEND_VBMI
+    if constexpr (kMayPackCodes) {
+      whole = n / 64 * 64;
+      CodeTable<Code>().decode(from, whole, to);
+      if (whole == n) return;
+    }
+#endif
+    Simd::decode(from + whole, n - whole, to + whole);
   }
 
   template <typename Self>

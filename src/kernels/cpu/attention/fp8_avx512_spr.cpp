@@ -1,0 +1,32 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <immintrin.h>
+#include <bit>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <type_traits>
+
+#include "attend/core/float_types.h"
+#include "kernels/cpu/attention/attention.h"
+#include "kernels/cpu/exp2_poly.h"
+#include "kernels/cpu/fp8_tables.h"
+#include "kernels/cpu/inline.h"
+#include "kernels/cpu/region.h"
+
+#define ATTEND_HALF_VECTOR 1
+#define ATTEND_BF16_PAIRS 1
+#define ATTEND_VBMI 1
+
+ATTEND_REGION_BEGIN("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,avx512vbmi")
+namespace attend::cpu::avx512_spr {
+namespace {
+#include "kernels/cpu/simd_avx512-inl.h"
+//
+#include "kernels/cpu/simd_vbmi-inl.h"
+//
+#include "kernels/cpu/attention/attention-inl.h"
+}  // namespace
+
+extern constinit const Fp8AttentionKernel kFp8AttentionKernel = make_fp8_entry();
+}  // namespace attend::cpu::avx512_spr
+ATTEND_REGION_END
