@@ -2,8 +2,16 @@
 // fp8 codes to bf16 by looking bytes up (AVX-512 VBMI). Included inside an ISA region and
 // namespace, after Simd.
 
-template <typename Fp8>
+/// Only fp8 codes have a table.
+template <typename T>
 struct CodeTable {
+  static constexpr bool kExists = false;
+};
+
+template <typename Fp8>
+  requires(std::is_same_v<Fp8, fp8_e4m3> || std::is_same_v<Fp8, fp8_e5m2>)
+struct CodeTable<Fp8> {
+  static constexpr bool kExists = true;
   __m512i low[2], high[2];
 
   ATTEND_INLINE CodeTable() {

@@ -31,6 +31,26 @@ ATTEND_INLINE void exchange(T& a, T& b) {
   b = was;
 }
 
+/// Codes to the bf16 numbers that they stand for.
+template <typename Code>
+struct Decoder {
+#if ATTEND_VBMI
+  CodeTable<Code> table;
+  ATTEND_INLINE Decoder() : table() {}
+#endif
+  ATTEND_INLINE void decode(const Code* from, int n, bf16* to) const {
+    int whole = 0;
+#if ATTEND_VBMI
+    if constexpr (CodeTable<Code>::kExists) {
+      whole = n / 64 * 64;
+      table.decode(from, whole, to);
+      if (whole == n) return;
+    }
+#endif
+    Simd::decode(from + whole, n - whole, to + whole);
+  }
+};
+
 /// A derived runner hides what it does differently; whatever calls such a function takes the
 /// runner as `self`.
 template <typename T, typename K, typename V>
@@ -478,30 +498,21 @@ struct UnitRunner : UnitState<T, K, V> {
       v_rows[j] = staged_v + row * p.head_dim_v;
     }
     if (!packs_codes()) {
+      const Decoder<K> decoder;
       for (int j = range.lo; j < range.hi; ++j) {
         if (fetches()) next.template lines<1>();
-        decode_row(stored_k_rows[j], p.head_dim_qk, staged_k + std::int64_t{j} * p.head_dim_qk);
+        decoder.decode(stored_k_rows[j], p.head_dim_qk, staged_k + std::int64_t{j} * p.head_dim_qk);
       }
     }
     if (!values_late) decode_values(range);
   }
 
-  void decode_values(KeyRange range) {
-    for (int j = range.lo; j < range.hi; ++j)
-      decode_row(stored_v_rows[j], p.head_dim_v, staged_v + std::int64_t{j} * p.head_dim_v);
-  }
-
-  template <typename Code>
-  ATTEND_INLINE void decode_row(const Code* from, int n, T* to) {
-    int whole = 0;
-#if ATTEND_VBMI
-    if constexpr (kMayPackCodes) {
-      whole = n / 64 * 64;
-      CodeTable<Code>().decode(from, whole, to);
-      if (whole == n) return;
+  ATTEND_INLINE void decode_values(KeyRange range) {
+    const Decoder<V> decoder;
+    for (int j = range.lo; j < range.hi; ++j) {
+      if (fetches()) next.template lines<1>();
+      decoder.decode(stored_v_rows[j], p.head_dim_v, staged_v + std::int64_t{j} * p.head_dim_v);
     }
-#endif
-    Simd::decode(from + whole, n - whole, to + whole);
   }
 
   template <typename Self>
