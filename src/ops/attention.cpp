@@ -119,20 +119,12 @@ cpu::KvStrides kv_strides(const ConstTensorView& t, bool paged) {
 cpu::AttentionProblem make_problem(const FlashAttnVarlenArgs& a, const AttentionPlan& plan) {
   cpu::AttentionProblem p = ops::base_problem(a.params, plan, a.q.dtype);
   p.k_dtype = p.v_dtype = a.k.dtype;
-  p.out_dtype = a.out.dtype;
   p.q_descale = ops::kernel_descale(a.q_descale);
   p.k_descale = ops::kernel_descale(a.k_descale);
   p.v_descale = ops::kernel_descale(a.v_descale);
-  p.q = a.q.data;
+  ops::place_rows(p, a.q, a.out, a.lse);
   p.k = a.k.data;
   p.v = a.v.data;
-  p.out = a.out.data;
-  p.q_layout = {true, 0, a.q.strides[0], a.q.strides[1]};
-  p.out_layout = {true, 0, a.out.strides[0], a.out.strides[1]};
-  if (a.lse.defined()) {
-    p.lse = a.lse.as<float>();
-    p.lse_layout = {true, 0, a.lse.strides[0], a.lse.strides[1]};
-  }
   if (is_paged(a)) {
     p.block_table = a.block_table.as<std::int32_t>();
     p.block_table_stride = a.block_table.strides[0];

@@ -314,6 +314,18 @@ std::size_t num_work(const std::vector<T>& all) {
 
 }  // namespace
 
+void place_rows(cpu::AttentionProblem& p, const ConstTensorView& q, const TensorView& out,
+                const TensorView& lse) {
+  p.q = q.data;
+  p.out = out.data;
+  p.out_dtype = out.dtype;
+  p.q_layout = {true, 0, q.strides[0], q.strides[1]};
+  p.out_layout = {true, 0, out.strides[0], out.strides[1]};
+  if (!lse.defined()) return;
+  p.lse = lse.as<float>();
+  p.lse_layout = {true, 0, lse.strides[0], lse.strides[1]};
+}
+
 void run_plan(const cpu::AttentionProblem& problem, const AttentionPlan& plan, Workspace workspace,
               Executor& executor) {
   const cpu::AttentionKernel& kernel = cpu::attention_kernel(plan.isa);

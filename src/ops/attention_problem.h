@@ -78,6 +78,10 @@ void check_resources(std::string_view op, const AttentionPlan& plan, Workspace w
 cpu::AttentionProblem base_problem(const AttentionParams& params, const AttentionPlan& plan,
                                    DType dtype);
 
+/// Where queries and results lie: [T, Hq, D], [T, Hq, Dv], [T, Hq] or undefined.
+void place_rows(cpu::AttentionProblem& problem, const ConstTensorView& q, const TensorView& out,
+                const TensorView& lse);
+
 /// Runs all units, then all reductions. @pre everything above passed.
 void run_plan(const cpu::AttentionProblem& problem, const AttentionPlan& plan, Workspace workspace,
               Executor& executor);

@@ -125,17 +125,9 @@ void check_int8_planned(std::string_view op, const FlashAttnVarlenInt8Args& a,
 cpu::AttentionProblem int8_problem(const FlashAttnVarlenInt8Args& a, const AttentionPlan& plan) {
   cpu::AttentionProblem p = base_problem(a.params, plan, DType::i8);
   p.v_dtype = a.v.dtype;
-  p.out_dtype = a.out.dtype;
-  p.q = a.q.data;
+  place_rows(p, a.q, a.out, a.lse);
   p.k = a.k.data;
   p.v = a.v.data;
-  p.out = a.out.data;
-  p.q_layout = {true, 0, a.q.strides[0], a.q.strides[1]};
-  p.out_layout = {true, 0, a.out.strides[0], a.out.strides[1]};
-  if (a.lse.defined()) {
-    p.lse = a.lse.as<float>();
-    p.lse_layout = {true, 0, a.lse.strides[0], a.lse.strides[1]};
-  }
   p.q_scale = a.q_scale.as<float>();
   p.q_scale_layout = {true, 0, a.q_scale.strides[1], a.q_scale.strides[0]};
   p.k_scale = a.k_scale.as<float>();
