@@ -66,6 +66,7 @@ TEST(CascadeGroups, AreFoundInTheTablesOuterOnesFirst) {
                                              is_prefix(2, 4, 2048), is_prefix(6, 8, 768)));
   EXPECT_EQ(decision.reason, CascadeReason::always);
   d.in.batch.shared_prefixes = decision.prefixes;
+  d.in.batch.isa.reset();  // the level that the costs are for need not be there
   EXPECT_NO_THROW(plan_attention(d.in.batch));
 }
 
