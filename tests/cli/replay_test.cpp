@@ -1,4 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
+#include <fmt/format.h>
 #include <gmock/gmock.h>
 #include <unistd.h>
 
@@ -53,12 +54,14 @@ TEST(ReplayCommand, SaysWhatTheCacheHolds) {
     EXPECT_EQ(r.exit_code, 0) << r.err;
     return nlohmann::json::parse(r.out).at("kv_cache");
   };
-  const auto plain = cache(""), encoder = cache("--model bert-base");
+  const auto plain = cache("");
   EXPECT_EQ(plain.at("dtype"), "bf16");
   EXPECT_EQ(plain.at("block_bytes"), 16 * 8 * 128 * 2 * 2);
+  EXPECT_EQ(cache("--kv-cache-dtype fp8").at("dtype"), "fp8_e4m3");
+  if (scaled(1, 0) == 0) return;  // an encoder's layer takes minutes on an emulated CPU
+  const auto encoder = cache("--model bert-base");
   EXPECT_TRUE(encoder.at("dtype").is_null());
   EXPECT_EQ(encoder.at("block_bytes"), 0);
-  EXPECT_EQ(cache("--kv-cache-dtype fp8").at("dtype"), "fp8_e4m3");
 }
 
 TEST(ReplayCommand, SpeculativeTokensAreCountedAndChecked) {
@@ -105,7 +108,8 @@ class CalibratedScales {
 
 TEST(ReplayCommand, Int8CachesAreChecked) {
   for (const std::string model : {"llama-3.1-8b", "gpt-oss-20b"}) {  // the latter with sinks
-    const std::string options = "--layers 2 --model " + model;
+    if (model == "gpt-oss-20b" && scaled(1, 0) == 0) break;
+    const std::string options = fmt::format("--layers {} --model {}", scaled(2, 1), model);
     const CalibratedScales scales(options);
     for (const std::string format : {"int8_level1", "int8_level2", "int8_per_token_head"}) {
       SCOPED_TRACE(model + " " + format);

@@ -15,7 +15,7 @@ class Conformance : public ::testing::TestWithParam<std::string> {};
 
 TEST_P(Conformance, AgreesWithTheOracleOnEveryLevel) {
   CheckOptions options;
-  options.cases = testing::scaled(60, 20);
+  options.cases = testing::scaled(60, 12);
   options.seed = 20240601;
   options.ops = {GetParam()};
   const CheckReport report = run_checks(options);

@@ -12,6 +12,7 @@
 #include "conformance/check.h"
 #include "conformance/shared_prefixes.h"
 #include "conformance/varlen_problem.h"
+#include "support/scale.h"
 
 namespace attend {
 namespace {
@@ -88,7 +89,7 @@ TEST(SharedPrefixes, SameBitsAsWithoutSharing) {
 
 TEST(SharedPrefixes, RandomProblemsOnEveryLevel) {
   conformance::CheckOptions options;
-  options.cases = 40;
+  options.cases = testing::scaled(40, 5);
   options.seed = 2;
   options.ops = {"shared_prefixes"};
   for (const auto& failure : conformance::run_checks(options).failures)
