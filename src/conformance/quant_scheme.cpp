@@ -8,13 +8,15 @@
 #include <string>
 
 #include "attend/core/error.h"
+#include "attend/oracle/attention.h"
 #include "attend/oracle/quantize.h"
+#include "oracle/row.h"
 
 namespace attend::conformance {
 namespace {
 
 constexpr int kGroup = 64;
-constexpr int kPiece = 256;
+constexpr int kWeightLevels = 127;
 
 constexpr Quantiser int8_by(Sharing sharing) { return {DType::i8, sharing}; }
 
@@ -75,63 +77,6 @@ std::size_t group_of(Sharing sharing, std::size_t row, std::size_t column, std::
   }
   return 0;
 }
-
-/// One row over pieces of 256 keys, merged by their largest logits.
-class RowAttention {
- public:
-  RowAttention(const AttentionData& data, bool int8_weights)
-      : data_(data), int8_weights_(int8_weights), logits_(kPiece) {}
-
-  void run(int query, double* out) {
-    const int size = data_.shape.head_size;
-    std::fill_n(out, size, 0.0);
-    double m = -INFINITY, sum = 0.0;
-    for (int begin = 0; begin < data_.shape.keys; begin += kPiece) {
-      const int end = std::min(begin + kPiece, data_.shape.keys);
-      const double piece_m = fill_logits(query, begin, end);
-      const double merged = std::max(m, piece_m);
-      const double old_factor = std::exp(m - merged);
-      const double piece_factor = std::exp(piece_m - merged);
-      sum *= old_factor;
-      for (int d = 0; d < size; ++d) out[d] *= old_factor;
-      for (int j = begin; j < end; ++j) {
-        double p = std::exp(logits_[static_cast<std::size_t>(j - begin)] - piece_m);
-        if (int8_weights_) p = std::nearbyint(127.0 * p) / 127.0;
-        p *= piece_factor;
-        sum += p;
-        const double* v = row(data_.v, j);
-        for (int d = 0; d < size; ++d) out[d] += p * v[d];
-      }
-      m = merged;
-    }
-    for (int d = 0; d < size; ++d) out[d] /= sum;
-  }
-
- private:
-  const double* row(const std::vector<double>& rows, int index) const {
-    return rows.data() +
-           static_cast<std::size_t>(index) * static_cast<std::size_t>(data_.shape.head_size);
-  }
-
-  /// Logits of keys begin .. end - 1; returns the largest.
-  double fill_logits(int query, int begin, int end) {
-    const double scale = 1.0 / std::sqrt(static_cast<double>(data_.shape.head_size));
-    const double* q = row(data_.q, query);
-    double largest = -INFINITY;
-    for (int j = begin; j < end; ++j) {
-      const double* k = row(data_.k, j);
-      double dot = 0.0;
-      for (int d = 0; d < data_.shape.head_size; ++d) dot += q[d] * k[d];
-      logits_[static_cast<std::size_t>(j - begin)] = dot * scale;
-      largest = std::max(largest, dot * scale);
-    }
-    return largest;
-  }
-
-  const AttentionData& data_;
-  bool int8_weights_;
-  std::vector<double> logits_;
-};
 
 }  // namespace
 
@@ -201,12 +146,25 @@ AttentionData quantised(const AttentionData& data, const QuantScheme& scheme) {
 
 std::vector<double> exact_attention(const AttentionData& data, bool int8_weights,
                                     Executor& executor) {
-  const auto size = static_cast<std::size_t>(data.shape.head_size);
-  std::vector<double> out(static_cast<std::size_t>(data.shape.queries) * size);
+  const int size = data.shape.head_size;
+  const auto width = static_cast<std::size_t>(size);
+  std::vector<double> out(static_cast<std::size_t>(data.shape.queries) * width);
+  oracle::RowProblem p;
+  p.head_dim_qk = p.head_dim_v = size;
+  p.num_keys = data.shape.keys;
+  p.scale = 1.0 / std::sqrt(static_cast<double>(size));
+  p.causal = false;
+  p.weight_levels = int8_weights ? kWeightLevels : 0;
+  const auto element = [&](const std::vector<double>& rows, std::int64_t row, int d) {
+    return rows[static_cast<std::size_t>(row) * width + static_cast<std::size_t>(d)];
+  };
   executor.run([&](int worker) {
-    RowAttention row(data, int8_weights);
     for (int i = worker; i < data.shape.queries; i += executor.num_workers()) {
-      row.run(i, out.data() + static_cast<std::size_t>(i) * size);
+      const oracle::RowResult row = oracle::row(
+          p, [&](int d) { return element(data.q, i, d); },
+          [&](std::int64_t j, int d) { return element(data.k, j, d); },
+          [&](std::int64_t j, int d) { return element(data.v, j, d); });
+      std::copy(row.out.begin(), row.out.end(), out.begin() + i * std::ptrdiff_t{size});
     }
   });
   return out;

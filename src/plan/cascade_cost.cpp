@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "plan/unit_layout.h"
 #include "plan/unit_size.h"
 #include "plan/visible_pieces.h"
 
@@ -41,7 +42,7 @@ CascadeCost::CascadeCost(const CascadeInput& input)
   read_us_ =
       products * static_cast<double>(std::max<std::size_t>(2, size_of(in_.kv_dtype))) / kBytesPerUs;
   row_us_ = 2.0 * products / flops_per_us(isa);
-  partial_us_ = 4.0 * (b.head_dim_v + 2) / kPartialBytesPerUs;
+  partial_us_ = 4.0 * static_cast<double>(partial_row_floats(b.head_dim_v)) / kPartialBytesPerUs;
   tile_rows_ = isa >= IsaLevel::avx512 ? 12 : 4;
 }
 

@@ -137,10 +137,13 @@ class Planner {
         u.q_end = std::min(u.q_begin + step_, tokens);
         p_.max_unit_rows = std::max(p_.max_unit_rows, rows(u));
         for (int part = 0; part < parts; ++part) {
-          const int first = pieces * part / parts;
+          const auto cut = [&](int at) {
+            return static_cast<int>(std::int64_t{pieces} * at / parts);
+          };
+          const int first = cut(part);
           const bool merges = part == 0 && s.merged > 0;
           u.piece_begin = s.pieces.first + first;
-          u.piece_end = s.pieces.first + pieces * (part + 1) / parts;
+          u.piece_end = s.pieces.first + cut(part + 1);
           u.partial_slot = head + std::int64_t{u.q_begin} * group_ +
                            s.rows * (s.merged > 0 && part > 0 ? 1 + first - s.merged : first);
           u.partial_stride = merges ? 0 : s.rows;
