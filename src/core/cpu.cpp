@@ -14,8 +14,8 @@
 namespace attend {
 namespace {
 
-constexpr std::array kLevels = {IsaLevel::scalar, IsaLevel::avx2, IsaLevel::avx512,
-                                IsaLevel::avx512_vnni, IsaLevel::avx512_spr};
+constexpr std::array kLevels = {IsaLevel::scalar,      IsaLevel::avx2,       IsaLevel::avx512,
+                                IsaLevel::avx512_vnni, IsaLevel::avx512_spr, IsaLevel::amx};
 
 std::string join_levels(std::span<const IsaLevel> levels) {
   std::string text;
@@ -40,6 +40,8 @@ std::string_view to_string(IsaLevel level) noexcept {
       return "avx512_vnni";
     case IsaLevel::avx512_spr:
       return "avx512_spr";
+    case IsaLevel::amx:
+      return "amx";
   }
   return "invalid ISA level";
 }

@@ -1,5 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <cpuid.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include <array>
 #include <cstring>
@@ -28,6 +32,20 @@ std::uint64_t xgetbv() noexcept {
   return std::uint64_t{high} << 32 | low;
 }
 
+// Asks Linux to let this process use the tile registers, which is forbidden until then: their 8 KiB
+// are saved for every thread that has used them, and older programs have signal stacks that cannot
+// hold so much. It is refused if the alternative signal stack of some thread is too small, and by
+// kernels before 5.16. Granted, it holds for all threads of the process, earlier and later.
+bool request_tiles() noexcept {
+#if defined(__linux__)
+  constexpr long kRequestStatePermission = 0x1023;  // ARCH_REQ_XCOMP_PERM; old headers lack it
+  constexpr long kTileData = 18;                    // bit of xcr0
+  return syscall(SYS_arch_prctl, kRequestStatePermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+
 X86Features read_features() noexcept {
   constexpr std::uint32_t kOsXsave = 1U << 27;
   const Registers leaf1 = cpuid(1);
@@ -39,6 +57,7 @@ X86Features read_features() noexcept {
   f.leaf7_edx = leaf7.edx;
   f.leaf7_1_eax = leaf7.eax >= 1 ? cpuid(7, 1).eax : 0;
   f.xcr0 = (leaf1.ecx & kOsXsave) != 0 ? xgetbv() : 0;
+  f.tiles_permitted = tiles_need_permission(f) && request_tiles();
   return f;
 }
 

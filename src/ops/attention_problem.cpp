@@ -328,7 +328,6 @@ void place_rows(cpu::AttentionProblem& p, const ConstTensorView& q, const Tensor
 
 void run_plan(const cpu::AttentionProblem& problem, const AttentionPlan& plan, Workspace workspace,
               Executor& executor) {
-  const cpu::AttentionKernel& kernel = cpu::attention_kernel(plan.isa);
   const cpu::RunUnitFn run_unit = cpu::run_unit_of(plan.isa, problem);
   const auto address = (reinterpret_cast<std::uintptr_t>(workspace.data) + 63) / 64 * 64;
   float* base = reinterpret_cast<float*>(address);
@@ -338,7 +337,7 @@ void run_plan(const cpu::AttentionProblem& problem, const AttentionPlan& plan, W
     return cpu::KernelWorkspace{base, scratch + worker * layout.total, layout,
                                 plan.partial_runs.data()};
   };
-  const cpu::ReduceFn reduce = kernel.reduce(problem.out_dtype);
+  const cpu::ReduceFn reduce = cpu::reduce_of(plan.isa, problem.out_dtype);
   const std::size_t num_units = num_work(plan.units), num_reductions = num_work(plan.reductions);
   // Which worker takes which unit does not change any bit of the result, so they are taken as they
   // come, the largest first.

@@ -3,6 +3,10 @@
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include "attend/core/error.h"
 #include "core/cpu_detect.h"
@@ -24,13 +28,14 @@ X86Features full() {
   return {.leaf1_ecx = bits({12, 28, 29}),
           .leaf7_ebx = bits({5, 16, 17, 30, 31}),
           .leaf7_ecx = bits({1, 11}),
-          .leaf7_edx = bits({23}),
+          .leaf7_edx = bits({22, 23, 24, 25}),
           .leaf7_1_eax = bits({5}),
-          .xcr0 = 0xE7};
+          .xcr0 = 0x600E7,
+          .tiles_permitted = true};
 }
 
 TEST(X86FeaturesTest, EachMissingPieceLowersTheLevel) {
-  EXPECT_EQ(best_isa(full()), avx512_spr);
+  EXPECT_EQ(best_isa(full()), amx);
   EXPECT_EQ(best_isa({}), scalar);
   const auto without = [](auto change) {
     X86Features f = full();
@@ -46,12 +51,22 @@ TEST(X86FeaturesTest, EachMissingPieceLowersTheLevel) {
   }
   EXPECT_EQ(without([](X86Features& f) { f.leaf7_ecx = 0; }), avx512);
   EXPECT_EQ(without([](X86Features& f) { f.leaf7_ecx = bits({11}); }), avx512_vnni);
-  EXPECT_EQ(without([](X86Features& f) { f.leaf7_edx = 0; }), avx512_vnni);
+  EXPECT_EQ(without([](X86Features& f) { f.leaf7_edx &= ~bits({23}); }), avx512_vnni);
   EXPECT_EQ(without([](X86Features& f) { f.leaf7_1_eax = 0; }), avx512_vnni);
+  for (const int bit : {22, 24, 25}) {
+    EXPECT_EQ(without([&](X86Features& f) { f.leaf7_edx &= ~bits({bit}); }), avx512_spr) << bit;
+  }
+  EXPECT_EQ(without([](X86Features& f) { f.tiles_permitted = false; }), avx512_spr);
 }
 
 TEST(X86FeaturesTest, TheOperatingSystemMustSaveTheRegisters) {
   X86Features f = full();
+  f.xcr0 = 0x200E7;  // tile configuration saved, tile data not
+  EXPECT_EQ(best_isa(f), avx512_spr);
+  f.xcr0 = 0x400E7;
+  EXPECT_EQ(best_isa(f), avx512_spr);
+  f.xcr0 = 0x60007;  // tiles are of no use to us without AVX-512
+  EXPECT_EQ(best_isa(f), avx2);
   f.xcr0 = 0x07;
   EXPECT_EQ(best_isa(f), avx2);
   f.xcr0 = 0x67;  // upper zmm halves saved, zmm 16-31 not
@@ -62,8 +77,24 @@ TEST(X86FeaturesTest, TheOperatingSystemMustSaveTheRegisters) {
   EXPECT_EQ(best_isa(f), scalar);
 }
 
+TEST(X86FeaturesTest, PermissionIsAskedForOnlyWhereItDecides) {
+  X86Features f = full();
+  EXPECT_TRUE(tiles_need_permission(f));
+  f.tiles_permitted = false;
+  EXPECT_TRUE(tiles_need_permission(f));
+  f.xcr0 = 0xE7;
+  EXPECT_FALSE(tiles_need_permission(f));
+  f = full();
+  f.leaf7_edx &= ~bits({24});
+  EXPECT_FALSE(tiles_need_permission(f));
+  f = full();
+  f.leaf7_1_eax = 0;
+  EXPECT_FALSE(tiles_need_permission(f));
+  EXPECT_FALSE(tiles_need_permission({}));
+}
+
 TEST(CpuTest, NamesRoundTrip) {
-  for (const IsaLevel level : {scalar, avx2, avx512, avx512_vnni, avx512_spr}) {
+  for (const IsaLevel level : {scalar, avx2, avx512, avx512_vnni, avx512_spr, amx}) {
     EXPECT_EQ(parse_isa(to_string(level)), level);
   }
   EXPECT_EQ(parse_isa("AVX2"), std::nullopt);
@@ -77,6 +108,16 @@ TEST(CpuTest, LevelsAscendFromScalarToTheBest) {
   EXPECT_EQ(levels.back(), cpu_info().best);
   EXPECT_TRUE(std::is_sorted(levels.begin(), levels.end()));
 }
+
+#if defined(__x86_64__) && defined(__linux__)
+TEST(CpuTest, TheBestLevelIsAmxIfLinuxPermitsTiles) {
+  constexpr long kGetStatePermission = 0x1022;  // ARCH_GET_XCOMP_PERM
+  const IsaLevel best = cpu_info().best;
+  std::uint64_t permitted = 0;  // stays so where the kernel knows no such question
+  syscall(SYS_arch_prctl, kGetStatePermission, &permitted);
+  EXPECT_EQ(best == amx, (permitted >> 18 & 1U) != 0) << permitted;
+}
+#endif
 
 #if defined(__x86_64__)
 // A second opinion on cpuid and xgetbv.

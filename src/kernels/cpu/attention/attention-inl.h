@@ -9,10 +9,6 @@ void run_unit(const AttentionProblem& p, const WorkUnit& u, const KernelWorkspac
   runner.run(runner, ws.partials);
 }
 
-constexpr Fp8AttentionKernel make_fp8_entry() noexcept {
-  return {&run_unit<bf16, fp8_e4m3>, &run_unit<bf16, fp8_e5m2>};
-}
-
 constexpr AttentionKernel make_entry(IsaLevel level) noexcept {
   return {level,
           &run_unit<float>,

@@ -106,12 +106,20 @@ using RunUnitFn = void (*)(const AttentionProblem&, const WorkUnit&,
 using ReduceFn = void (*)(const AttentionProblem&, const Reduction&,
                           const KernelWorkspace&) noexcept;
 
-/// One ISA level's kernels.
+/// One ISA level's kernels. Null: the level has none of its own, the next lower one serves.
 struct AttentionKernel {
-  IsaLevel isa;
-  /// By the type of the keys; int8 ones have scales a token and meet queries of any float type.
-  RunUnitFn run_unit_f32, run_unit_f16, run_unit_bf16, run_unit_e4m3, run_unit_e5m2, run_unit_i8;
-  ReduceFn reduce_f32, reduce_f16, reduce_bf16;
+  IsaLevel isa = IsaLevel::scalar;
+  // By the type of the keys; int8 ones have scales a token and meet queries of any float type.
+  RunUnitFn run_unit_f32 = nullptr;
+  RunUnitFn run_unit_f16 = nullptr;
+  RunUnitFn run_unit_bf16 = nullptr;
+  RunUnitFn run_unit_e4m3 = nullptr;
+  RunUnitFn run_unit_e5m2 = nullptr;
+  RunUnitFn run_unit_i8 = nullptr;
+  // By the type of the outputs.
+  ReduceFn reduce_f32 = nullptr;
+  ReduceFn reduce_f16 = nullptr;
+  ReduceFn reduce_bf16 = nullptr;
   RunUnitFn run_unit(DType keys) const noexcept {
     switch (keys) {
       case DType::f32:
@@ -133,15 +141,14 @@ struct AttentionKernel {
   }
 };
 
-/// Kernels over fp8 keys and values of a level that decodes them faster than the level below.
-struct Fp8AttentionKernel {
-  RunUnitFn run_unit_e4m3, run_unit_e5m2;
-};
-
-/// One ISA level's kernels for int8 queries and keys. Their partials are reduced by the above.
+/// One ISA level's kernels for int8 queries and keys; null as above. Their partials are reduced by
+/// the above.
 struct Int8AttentionKernel {
-  IsaLevel isa;
-  RunUnitFn run_unit_i8, run_unit_f16, run_unit_bf16;  ///< by the type of the values
+  IsaLevel isa = IsaLevel::scalar;
+  // By the type of the values.
+  RunUnitFn run_unit_i8 = nullptr;
+  RunUnitFn run_unit_f16 = nullptr;
+  RunUnitFn run_unit_bf16 = nullptr;
   RunUnitFn run_unit(DType values) const noexcept {
     return values == DType::i8 ? run_unit_i8 : values == DType::f16 ? run_unit_f16 : run_unit_bf16;
   }
@@ -150,8 +157,8 @@ struct Int8AttentionKernel {
 /// What runs the units of a problem: the best kernel whose level is not above `level`.
 RunUnitFn run_unit_of(IsaLevel level, const AttentionProblem& problem) noexcept;
 
-/// Best kernel whose level is not above `level`.
-const AttentionKernel& attention_kernel(IsaLevel level) noexcept;
-const Int8AttentionKernel& int8_attention_kernel(IsaLevel level) noexcept;
+/// What reduces partials to outputs of type `out`: the best kernel whose level is not above
+/// `level`.
+ReduceFn reduce_of(IsaLevel level, DType out) noexcept;
 
 }  // namespace attend::cpu

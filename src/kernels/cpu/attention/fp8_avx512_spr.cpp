@@ -27,6 +27,10 @@ namespace {
 #include "kernels/cpu/attention/attention-inl.h"
 }  // namespace
 
-extern constinit const Fp8AttentionKernel kFp8AttentionKernel = make_fp8_entry();
+extern constinit const AttentionKernel kAttentionKernel = {
+    .isa = IsaLevel::avx512_spr,
+    .run_unit_e4m3 = &run_unit<bf16, fp8_e4m3>,
+    .run_unit_e5m2 = &run_unit<bf16, fp8_e5m2>,
+};
 }  // namespace attend::cpu::avx512_spr
 ATTEND_REGION_END
