@@ -198,6 +198,7 @@ class AttentionProblem : public Problem {
     p.head_dim_qk = p.head_dim_v = s_.head_dim;
     p.position = token + s_.seq_len - s_.query_len;
     p.num_keys = s_.seq_len;
+    p.split_weights = oracle::splits_weights(s_.kv_dtype);
     p.scale = 1.0 / std::sqrt(static_cast<double>(s_.head_dim));
     p.q = [&](int d) { return value_at(q_.data(), s_.dtype, row + d); };
     p.k = [&](std::int64_t j, int d) {

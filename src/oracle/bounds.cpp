@@ -51,13 +51,16 @@ double rounding_error(DType dtype, double magnitude) {
   return std::max(half_ulp_of_one * magnitude, half_of_smallest);
 }
 
+bool splits_weights(DType values) noexcept { return size_of(values) == 1 || values == DType::bf16; }
+
 double out_error_bound(const RowResult& r, int d, int head_dim_qk, DType out_dtype) {
   if (r.visible_keys == 0) return 0.0;
   const double out = std::abs(r.out[static_cast<std::size_t>(d)]);
   const double abs_out = r.abs_out[static_cast<std::size_t>(d)];
   const double relative = weight_error(r, head_dim_qk) + sum_error(r);
   const double flushed = kSmallestWeight * static_cast<double>(r.visible_keys) * r.largest_value;
-  double computed = kSafety * (relative * (abs_out + out) + 3 * kUnit * out + flushed);
+  const double split = r.split_weights ? kSplitError * abs_out + kSmallestWeight : 0.0;
+  double computed = kSafety * (relative * (abs_out + out) + split + 3 * kUnit * out + flushed);
   if (!r.doubtful_abs_out.empty()) {
     computed += r.doubtful_abs_out[static_cast<std::size_t>(d)] + r.doubtful_weight * out;
   }

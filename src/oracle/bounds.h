@@ -8,6 +8,7 @@ namespace attend::oracle {
 inline constexpr double kUnit = 0x1p-24;             ///< unit roundoff of float32
 inline constexpr double kExp2Error = 0x1p-21;        ///< relative error of the kernels' exp2
 inline constexpr double kSmallestWeight = 0x1p-126;  ///< below it the kernels' exp2 is 0
+inline constexpr double kSplitError = 0x1p-16;       ///< relative error of a weight as two bf16
 inline constexpr double kTanhError = 0x1p-21;        ///< absolute error of the kernels' tanh
 
 /// Relative error of a float32 softmax weight before normalisation.

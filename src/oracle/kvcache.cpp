@@ -131,6 +131,7 @@ void attend_head(const Args& a, std::int64_t request, std::int64_t kv_head, Resu
   const Rows k = key_rows(a, a.k_cache, a.k_new, request, kv_head, true);
   const Rows v = key_rows(a, a.v_cache, a.v_new, request, kv_head, false);
   RowProblem p = row_problem(a.params, dim, static_cast<int>(a.v_cache.shape[3]), n.num_keys());
+  p.split_weights = splits_weights(a.v_cache.dtype);
   const bool local = a.params.causal || a.params.window_left >= 0 || a.params.window_right >= 0;
   const bool inexact_rotation = a.rotary_cos.defined() && a.q.dtype == DType::f32;
   for (std::int64_t i = 0; i < query_len; ++i) {

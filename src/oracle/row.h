@@ -48,6 +48,7 @@ RowResult row(const RowProblem& p, const Q& q, const K& k, const V& v) {
   r.abs_out.assign(dv, 0.0);
   r.lse = -std::numeric_limits<double>::infinity();
   r.softcap = p.softcap;
+  r.split_weights = p.split_weights;
   const bool has_sink = p.sink.has_value() && std::isfinite(*p.sink);
   r.has_sink = has_sink;
   if (has_sink) r.sink_magnitude = std::abs(*p.sink);

@@ -63,6 +63,7 @@ Result flash_attn_varlen(const FlashAttnVarlenArgs& a) {
     const std::int64_t query_len = int_at(a.query_start_loc, {request + 1}) - first;
     if (query_len == 0) continue;
     RowProblem p = row_problem(a.params, dim, dim_v, num_keys(a, request));
+    p.split_weights = splits_weights(a.v.dtype);
     for (std::int64_t kv_head = 0; kv_head < kv_heads; ++kv_head) {
       const Rows k = read_rows(a, {a.k, a.k_descale, a.k_token_scale}, request, kv_head);
       const Rows v = read_rows(a, {a.v, a.v_descale, a.v_token_scale}, request, kv_head);

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 
@@ -14,6 +15,10 @@ inline constexpr int kPanelCols = 32;    ///< columns of one packed V panel
 inline constexpr int kMaxTileRows = 12;  ///< largest register tile of any ISA level
 inline constexpr int kBlockRows =
     48;  ///< rows whose logits are held at once; multiple of every tile
+/// Floats from a row of logits to the next where AMX tiles hold them: no divisor of 4 KiB, which
+/// would put all rows of a tile into the same few cache sets.
+inline constexpr int kScoreStride = kPieceSize + 16;
+inline constexpr int kStepDims = 32;  ///< dimensions of one product of AMX tiles
 inline constexpr int kPanels = kPieceSize / kPanelKeys;
 
 constexpr std::int64_t round_up(std::int64_t n, std::int64_t m) { return (n + m - 1) / m * m; }
@@ -38,13 +43,16 @@ constexpr ScratchLayout scratch_layout(int max_unit_rows, int head_dim_qk, int h
     at += round_up(floats, 16);
     return here;
   };
-  l.q = take(std::int64_t{l.padded_rows} * head_dim_qk + 8);
-  l.s = take(std::int64_t{kBlockRows} * kPieceSize);
+  // AMX takes whole steps of dimensions: queries as up to three bf16 numbers, keys as one.
+  const std::int64_t step_dims = round_up(head_dim_qk, kStepDims);
+  l.q = take(std::int64_t{l.padded_rows} * std::max<std::int64_t>(head_dim_qk, step_dims * 3 / 2) +
+             8);
+  l.s = take(std::int64_t{kBlockRows} * kScoreStride);
   l.acc = take(std::int64_t{l.padded_rows} * l.padded_dv);
-  l.k_panels = take(std::int64_t{kPieceSize} * head_dim_qk);
+  l.k_panels = take(kPieceSize * std::max<std::int64_t>(head_dim_qk, step_dims / 2));
   l.v_panels = take(std::int64_t{kPieceSize} * l.padded_dv);
   // Decoded keys and values of a piece, 2 bytes each; touched for caches of codes only.
-  l.staged = take(std::int64_t{kPieceSize} * (head_dim_qk + head_dim_v) / 2);
+  l.staged = take(kPieceSize * (step_dims + head_dim_v) / 2);
   // Scales of a piece's keys and values; rounded weights, a byte each.
   l.scales = take(std::int64_t{2} * kPieceSize);
   l.weights = take(std::int64_t{kBlockRows} * kPieceSize / 4);

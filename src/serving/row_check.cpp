@@ -149,6 +149,7 @@ oracle::RowResult recompute(const SampledRow& row, const ModelPreset& model,
   p.head_dim_qk = p.head_dim_v = model.head_dim;
   p.position = row.position;
   p.num_keys = row.num_keys;
+  p.split_weights = oracle::splits_weights(stored.dtype);
   p.scale = model.scale ? static_cast<double>(*model.scale) : 1.0 / std::sqrt(model.head_dim);
   p.causal = row.type == AttentionType::decoder;
   const auto window = row.type == model.attn_type ? model.window_of(row.layer) : std::nullopt;

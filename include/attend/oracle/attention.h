@@ -29,6 +29,8 @@ struct RowProblem {
   /// Weights are rounded to n / weight_levels of the largest of their 256-key piece; the LSE is
   /// not. 0 = off.
   int weight_levels = 0;
+  /// A kernel may carry the weights as sums of two bf16 numbers: see splits_weights.
+  bool split_weights = false;
   /// Size of a part of the logits that q and k do not show, because the kernel adds it by itself.
   double extra_logit_magnitude = 0.0;
   std::function<double(int d)> q;                  ///< value as the kernel sees it (rounded)
@@ -48,11 +50,15 @@ struct RowResult {
   double sink_magnitude = 0.0;   ///< its absolute value, else 0
   double largest_value = 0.0;    ///< largest |v_jd| of the visible j
   std::int64_t visible_keys = 0;
+  bool split_weights = false;  ///< of the problem
   /// Rounded weights only: what float32 errors can move by turning a weight to its other neighbour.
   double doubtful_weight = 0.0;          ///< of the denominator, relative to it
   std::vector<double> doubtful_abs_out;  ///< [head_dim_v] of the output; empty if not rounded
 };
 RowResult attention_row(const RowProblem& p);
+/// Whether kernels may carry the weights of values stored as `values` as sums of two bf16 numbers:
+/// where bf16 holds every value exactly. False for values of int8 queries.
+bool splits_weights(DType values) noexcept;
 
 /// Largest error that a float32-accumulating kernel may make in out[d] for this row, derived in
 /// docs/numerics.md: rounding of the output to `out_dtype` plus the propagated float32 errors of

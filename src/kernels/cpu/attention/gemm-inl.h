@@ -20,6 +20,18 @@ struct PrefetchRows {
   const char* at = nullptr;  // the current run of rows that follow each other in memory
   const char* run_end = nullptr;
 
+  /// Touches each 4 KiB of the rows once, so that later fetches find their addresses translated.
+  ATTEND_INLINE void touch_pages() const {
+    const int key_step = pages_step(head_dim_qk * static_cast<int>(sizeof(K)));
+    for (int j = 0; j < kPieceSize; j += key_step) __builtin_prefetch(keys[j], 0, 2);
+    const int value_step = pages_step(head_dim_v * static_cast<int>(sizeof(V)));
+    for (int j = 0; j < kPieceSize; j += value_step) __builtin_prefetch(values[j], 0, 2);
+  }
+  /// Rows that make up about 4 KiB.
+  ATTEND_INLINE static int pages_step(int row_bytes) {
+    constexpr int kPageBytes = 4096;
+    return row_bytes < kPageBytes ? kPageBytes / row_bytes : 1;
+  }
   ATTEND_INLINE void next_run() {
     if (row < kPieceSize) {
       follow(keys, head_dim_qk, 0);
@@ -57,7 +69,6 @@ struct PrefetchRows {
   ATTEND_INLINE void beside_pv() {
     lines<(kBytes / 64 * 3 + 3) / 4>();
   }
-  ATTEND_INLINE void beside_softmax_row() { lines<16>(); }
   template <int kBytes>
   ATTEND_INLINE void beside_weave() {
     lines<kBytes / 64 / 4>();

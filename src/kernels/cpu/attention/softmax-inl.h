@@ -13,6 +13,7 @@ ATTEND_INLINE Simd::F tanh(Simd::F x) {
 
 /// Per-row terms of a logit.
 struct LogitTerms {
+  float factor;        // of the logit as it comes, where the queries do not have it
   float softcap_log2;  // softcap * log2(e); 0 = off
   float alibi_log2;    // slope * log2(e); 0 = off
   float position;      // absolute position of the query minus that of the piece's first key

@@ -63,6 +63,12 @@ struct UnitRunner : UnitState<T, K, V> {
       Base::u, Base::v_panels, Base::v_rows, Base::value_scales;
   using Base::Base;
 
+  /// Whether rows that fill up a tile have to be cleared.
+  static constexpr bool kClearsTail = true;
+  /// Rows that see the same span of keys, rows whose logits are held at once, and the divisor of a
+  /// span's bounds.
+  static constexpr int kTile = Simd::kTileRows, kBlock = plan::kBlockRows, kSpan = 16;
+
   bool packed_panel[plan::kPanels];
   bool values_packed;
   bool values_late;  // staged: decoded a few rows at a time, where they are multiplied
@@ -85,10 +91,12 @@ struct UnitRunner : UnitState<T, K, V> {
         self.load_query(r, tok - p.query_start_loc[own]);
       }
     }
-    const int padded = static_cast<int>(plan::round_up(rows, Simd::kTileRows));
-    for (; r < padded; ++r) {  // rows that fill up the last tile see nothing
-      lo[r] = hi[r] = 0;
-      self.clear_query(r);
+    if constexpr (Self::kClearsTail) {
+      const int padded = static_cast<int>(plan::round_up(rows, Self::kTile));
+      for (; r < padded; ++r) {  // rows that fill up the last tile see nothing
+        lo[r] = hi[r] = 0;
+        self.clear_query(r);
+      }
     }
     self.reset();
   }
@@ -207,6 +215,7 @@ struct UnitRunner : UnitState<T, K, V> {
 
   /// A single tile means decode, bound by memory: it fetches the next piece meanwhile.
   bool fetches() const { return rows <= Simd::kTileRows; }
+  bool paired_columns() const { return has_paired_columns<T>(rows, p.head_dim_v); }
 
 #if ATTEND_VBMI
   /// A single tile reads each panel once: codes are decoded on their way into it.
@@ -340,41 +349,49 @@ struct UnitRunner : UnitState<T, K, V> {
     }
   }
 
-  RowSums row_probabilities(int r, float* sr, KeyRange span, int base) const {
-    const KeyRange visible{lo[r] - base, hi[r] - base};
-    if (p.softcap == 0.0F && p.alibi_slopes == nullptr)
-      return softmax_row<false>(sr, span, visible, {});
-    LogitTerms t{p.softcap * kLog2e, 0.0F,
+  LogitTerms logit_terms(int r, int base, float factor) const {
+    LogitTerms t{factor, p.softcap * kLog2e, 0.0F,
                  static_cast<float>(this->position(request[r], this->token(r)) - base),
                  p.alibi_sqrt};
     if (p.alibi_slopes != nullptr)
       t.alibi_log2 =
           kLog2e *
           p.alibi_slopes[request[r] * p.alibi_stride_request + this->head(r) * p.alibi_stride_head];
-    return softmax_row<true>(sr, span, visible, t);
+    return t;
+  }
+
+  RowSums row_probabilities(int r, float* sr, KeyRange span, int base) const {
+    const KeyRange visible{lo[r] - base, hi[r] - base};
+    if (p.softcap == 0.0F && p.alibi_slopes == nullptr)
+      return softmax_row<false>(sr, span, visible, {});
+    return softmax_row<true>(sr, span, visible, logit_terms(r, base, 1.0F));
   }
 
   template <typename Self>
   void probabilities(Self& self, int begin, int end, int base) {
-    for (int r0 = begin; r0 < end; r0 += Simd::kTileRows) {
-      const int tile_end = r0 + Simd::kTileRows < end ? r0 + Simd::kTileRows : end;
+    for (int r0 = begin; r0 < end; r0 += Self::kTile) {
+      const int tile_end = r0 + Self::kTile < end ? r0 + Self::kTile : end;
       const KeyRange tile = piece_range(r0, tile_end, base);
-      const KeyRange span{tile.lo / 16 * 16, static_cast<int>(plan::round_up(tile.hi, 16))};
+      const KeyRange span{tile.lo / Self::kSpan * Self::kSpan,
+                          static_cast<int>(plan::round_up(tile.hi, Self::kSpan))};
       for (int r = r0; r < tile_end; ++r) {
-        if (fetches()) next.beside_softmax_row();
+        if (self.fetches()) self.fetch_beside_row();
         self.finish_row(r, r - begin, span, base);
       }
     }
-    const int tiles_end = begin + static_cast<int>(plan::round_up(end - begin, Simd::kTileRows));
-    for (int r = end; r < tiles_end; ++r) self.clear_row(r - begin);  // padding of the last tile
+    const int tiles_end = begin + static_cast<int>(plan::round_up(end - begin, Self::kTile));
+    if constexpr (Self::kClearsTail)
+      for (int r = end; r < tiles_end; ++r) self.clear_row(r - begin);
     const int vec_end = begin + static_cast<int>(plan::round_up(end - begin, 16));
-    for (int r = end; r < vec_end || r < tiles_end; ++r) {
+    for (int r = end; r < vec_end; ++r) {
       piece_m[r] = -std::numeric_limits<float>::infinity();
       piece_l[r] = 0.0F;
     }
     merge_rows(vec_end - begin, m + begin, l + begin, piece_m + begin, piece_l + begin,
                keep + begin, take + begin);
   }
+
+  void fetch_beside_row() { next.template lines<16>(); }
 
   /// Weights and sums of row r, which is row `at` of its block.
   void finish_row(int r, int at, KeyRange span, int base) {
@@ -436,7 +453,7 @@ struct UnitRunner : UnitState<T, K, V> {
       return values.col;
     };
     if constexpr (std::is_same_v<T, bf16>) {
-      if (has_paired_columns<T>(rows, p.head_dim_v)) {
+      if (paired_columns()) {
         columns(CachedPairs<sizeof(V)>{v_rows, 0});
         return;
       }
@@ -520,14 +537,14 @@ struct UnitRunner : UnitState<T, K, V> {
     const int base = piece * kPieceSize;
     const KeyRange range = piece_range(0, rows, base);
     if (range.lo >= range.hi) return;
-    const bool one_block = rows <= plan::kBlockRows;
+    const bool one_block = rows <= Self::kBlock;
     std::memset(packed_panel, 0, sizeof packed_panel);
     values_packed = values_scanned = false;
     if (p.k_scale != nullptr) load_scales(p.k_scale, p.k_scale_strides, range, base, key_scales);
     if (p.v_scale != nullptr) load_scales(p.v_scale, p.v_scale_strides, range, base, value_scales);
-    for (int begin = 0; begin < rows; begin += plan::kBlockRows) {
-      const int end = begin + plan::kBlockRows < rows ? begin + plan::kBlockRows : rows;
-      logits(self, begin, end, base, !one_block);
+    for (int begin = 0; begin < rows; begin += Self::kBlock) {
+      const int end = begin + Self::kBlock < rows ? begin + Self::kBlock : rows;
+      self.logits(self, begin, end, base, !one_block);
       probabilities(self, begin, end, base);
       self.outputs(begin, end, base, range);
     }
@@ -556,7 +573,7 @@ struct UnitRunner : UnitState<T, K, V> {
         const RowTotal total = row_total(p, u.request, head, {m[r], l[r], self.full_sum(r)});
         float* from = acc + std::int64_t{r} * dv_padded;
         scale_channels(p, u.kv_head, from);
-        write_row(p, from, total, has_paired_columns<T>(rows, p.head_dim_v), to);
+        write_row(p, from, total, self.paired_columns(), to);
         if (p.lse != nullptr)
           p.lse[p.lse_layout.offset(p.query_start_loc, u.request, tok, head)] = total.lse;
       }
@@ -570,7 +587,7 @@ struct UnitRunner : UnitState<T, K, V> {
   template <typename Self>
   void store_partials(Self& self, std::int64_t index, float* partials) const {
     const std::int64_t width = plan::partial_row_floats(p.head_dim_v);
-    const bool paired = has_paired_columns<T>(rows, p.head_dim_v);
+    const bool paired = self.paired_columns();
     float* to = partials + (u.partial_slot + index * u.partial_stride) * width;
     for (int r = 0; r < rows; ++r, to += width) {
       to[0] = m[r];
@@ -614,6 +631,7 @@ struct UnitRunner : UnitState<T, K, V> {
       // Without a next piece the lines at hand are fetched again.
       next = {has_next ? next_k_rows : stored_k_rows, has_next ? next_v_rows : stored_v_rows,
               p.head_dim_qk, p.head_dim_v};
+      if (self.fetches() && has_next) next.touch_pages();
       next.next_run();
       self.stage(piece);
       run_piece(self, piece);
