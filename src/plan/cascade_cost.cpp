@@ -17,6 +17,8 @@ namespace {
 constexpr double kBytesPerUs = 22e3;  ///< keys and values of a piece, packing included
 /// A multiplication and an addition are two.
 constexpr double kFlopsPerUsAvx512 = 130e3, kFlopsPerUsAvx2 = 80e3, kFlopsPerUsScalar = 18e3;
+/// Keys and values that AMX tiles take; from the prefill of 4096 tokens.
+constexpr double kFlopsPerUsAmx = 500e3;
 /// Rows that fit one register tile compute beside the reading: this share of their time shows.
 constexpr double kBesideReading = 0.57;
 /// Storing a partial result and merging it later, which takes 0.12 to 0.18 us for 130 numbers.
@@ -24,7 +26,12 @@ constexpr double kPartialBytesPerUs = 3e3;
 /// Workers wait for each other before the merge.
 constexpr double kWaitUs = 10.0;
 
-double flops_per_us(IsaLevel isa) {
+bool takes_tiles(IsaLevel isa, DType keys) {
+  return isa >= IsaLevel::amx && keys != DType::f32 && keys != DType::f16;
+}
+
+double flops_per_us(IsaLevel isa, DType keys) {
+  if (takes_tiles(isa, keys)) return kFlopsPerUsAmx;
   if (isa >= IsaLevel::avx512) return kFlopsPerUsAvx512;
   return isa >= IsaLevel::avx2 ? kFlopsPerUsAvx2 : kFlopsPerUsScalar;
 }
@@ -41,9 +48,9 @@ CascadeCost::CascadeCost(const CascadeInput& input)
   // Decoding fp8 takes as long as reading twice as many bytes.
   read_us_ =
       products * static_cast<double>(std::max<std::size_t>(2, size_of(in_.kv_dtype))) / kBytesPerUs;
-  row_us_ = 2.0 * products / flops_per_us(isa);
+  row_us_ = 2.0 * products / flops_per_us(isa, in_.kv_dtype);
   partial_us_ = 4.0 * static_cast<double>(partial_row_floats(b.head_dim_v)) / kPartialBytesPerUs;
-  tile_rows_ = isa >= IsaLevel::avx512 ? 12 : 4;
+  tile_rows_ = takes_tiles(isa, in_.kv_dtype) ? 16 : isa >= IsaLevel::avx512 ? 12 : 4;
 }
 
 /// Time of one unit over one piece.
