@@ -46,7 +46,16 @@ struct PrefetchRows {
   ATTEND_INLINE void follow(const T* const* rows, int dim, int first) {
     const T* from = rows[row - first];
     const T* after = from + dim;
-    for (++row; row < first + kPieceSize && rows[row - first] == after; ++row) after += dim;
+    const T* const* at_row = rows + (++row - first);
+    // Runs are long: a block of rows is taken for adjacent if its ends are.
+    constexpr int kRows = 16;
+    while (row + kRows <= first + kPieceSize && at_row[0] == after &&
+           at_row[kRows - 1] == after + (kRows - 1) * dim) {
+      row += kRows;
+      at_row += kRows;
+      after += kRows * dim;
+    }
+    for (; row < first + kPieceSize && *at_row == after; ++row, ++at_row) after += dim;
     at = reinterpret_cast<const char*>(from);
     run_end = reinterpret_cast<const char*>(after);
   }
