@@ -43,7 +43,8 @@ constexpr ScratchLayout scratch_layout(int max_unit_rows, int head_dim_qk, int h
     at += round_up(floats, 16);
     return here;
   };
-  // AMX takes whole steps of dimensions: queries as up to three bf16 numbers, keys as one.
+  // AMX takes whole steps of dimensions: queries as up to three bf16 numbers, keys as one. Codes
+  // take whole steps of twice as many dimensions, a byte each, which is never more.
   const std::int64_t step_dims = round_up(head_dim_qk, kStepDims);
   l.q = take(std::int64_t{l.padded_rows} * std::max<std::int64_t>(head_dim_qk, step_dims * 3 / 2) +
              8);

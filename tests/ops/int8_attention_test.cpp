@@ -177,6 +177,29 @@ INSTANTIATE_TEST_SUITE_P(Levels, Int8Attention,
                                   std::string(to_string(std::get<1>(info.param)));
                          });
 
+// Integer sums are exact, and levels of 16 lanes add the weights up in the same order.
+TEST(Int8AttentionLevels, Of16LanesHaveTheSameBits) {
+  Rng rng(21);
+  for (int i = 0; i < testing::scaled(150, 15); ++i) {
+    conformance::ShapeLimits limits;
+    limits.products = testing::scaled(20'000'000, 4'000'000);
+    Int8Options options = conformance::random_int8_options(rng);
+    options.values = DType::i8;
+    options.out = DType::f32;
+    Int8Problem p(rng, conformance::random_shape(rng, limits), options);
+    std::vector<float> first;
+    for (const IsaLevel level : available_isa_levels()) {
+      if (level < IsaLevel::avx512) continue;
+      p.reset();
+      flash_attn_varlen_int8(p.args(), nullptr, level);
+      const std::vector<float> out = rows(p.out.view(), 0, p.out.view().shape[0]);
+      if (first.empty()) first = out;
+      ASSERT_EQ(std::memcmp(first.data(), out.data(), out.size() * sizeof(float)), 0)
+          << to_string(level) << " " << i << " " << p.describe();
+    }
+  }
+}
+
 PagedAttentionInt8Args paged_args(const Int8Problem& p) {
   const FlashAttnVarlenInt8Args from = p.args();
   PagedAttentionInt8Args a;

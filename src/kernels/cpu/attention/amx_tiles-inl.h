@@ -36,11 +36,21 @@ ATTEND_INLINE void load_tile(const void* from, std::int64_t stride) {
   asm volatile("tileloadd (%0,%1,1), %%tmm%c2" : : "r"(from), "r"(stride), "i"(kTile) : "memory");
 }
 template <int kTile>
-ATTEND_INLINE void store_tile(float* to, std::int64_t stride) {
+ATTEND_INLINE void store_tile(void* to, std::int64_t stride) {
   asm volatile("tilestored %%tmm%c2, (%0,%1,1)" : : "r"(to), "r"(stride), "i"(kTile) : "memory");
 }
 /// kSum[i][j] += sum_k kA[i][k] * kB[k / 2][j][k % 2] over 32 bf16 products, in float32.
 template <int kSum, int kA, int kB>
 ATTEND_INLINE void multiply_bf16() {
   asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(kSum), "i"(kA), "i"(kB) : "memory");
+}
+/// kSum[i][j] += sum_k kA[i][k] * kB[k / 4][j][k % 4] over 64 products of signed bytes, exact.
+template <int kSum, int kA, int kB>
+ATTEND_INLINE void multiply_s8s8() {
+  asm volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(kSum), "i"(kA), "i"(kB) : "memory");
+}
+/// The same with unsigned bytes on the left.
+template <int kSum, int kA, int kB>
+ATTEND_INLINE void multiply_u8s8() {
+  asm volatile("tdpbusd %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(kSum), "i"(kA), "i"(kB) : "memory");
 }

@@ -13,14 +13,23 @@ struct Int8UnitRunner : UnitRunner<V, std::int8_t, V> {
   }
 
   void load_query(int r, int i) {
-    const int own = this->request[r], head = this->head(r);
-    const std::int8_t* from =
-        static_cast<const std::int8_t*>(p.q) + p.q_layout.offset(p.query_start_loc, own, i, head);
+    const std::int8_t* from = query_codes(r, i);
     std::int32_t sum = 0;
     for (int d = 0; d < p.head_dim_qk; ++d) sum += from[d];
     std::memcpy(codes(r), from, static_cast<std::size_t>(p.head_dim_qk));
-    const float q_scale = p.q_scale[p.q_scale_layout.offset(p.query_start_loc, own, i, head)];
     this->starts[r] = -kKeyBias * sum;
+    load_terms(r, i, from);
+  }
+  /// Row r as it lies in memory, which is query token i of its request.
+  const std::int8_t* query_codes(int r, int i) const {
+    return static_cast<const std::int8_t*>(p.q) +
+           p.q_layout.offset(p.query_start_loc, this->request[r], i, this->head(r));
+  }
+  /// What makes a logit of a sum of row r, whose codes are at `from`.
+  ATTEND_NOINLINE void load_terms(int r, int i, const std::int8_t* from) {
+    const int own = this->request[r];
+    const float q_scale =
+        p.q_scale[p.q_scale_layout.offset(p.query_start_loc, own, i, this->head(r))];
     this->factors[r] = this->log2_factor(p.scale) * q_scale;
     this->offsets[r] = 0.0F;
     if (p.k_mean == nullptr) return;

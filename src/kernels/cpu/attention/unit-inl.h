@@ -349,10 +349,14 @@ struct UnitRunner : UnitState<T, K, V> {
     }
   }
 
+  /// Whether logits are more than scaled products.
+  bool has_extra_terms() const { return p.softcap != 0.0F || p.alibi_slopes != nullptr; }
   LogitTerms logit_terms(int r, int base, float factor) const {
-    LogitTerms t{factor, p.softcap * kLog2e, 0.0F,
-                 static_cast<float>(this->position(request[r], this->token(r)) - base),
-                 p.alibi_sqrt};
+    LogitTerms t{factor, 0.0F, 0.0F, 0.0F, false};
+    if (!has_extra_terms()) return t;
+    t.softcap_log2 = p.softcap * kLog2e;
+    t.position = static_cast<float>(this->position(request[r], this->token(r)) - base);
+    t.alibi_sqrt = p.alibi_sqrt;
     if (p.alibi_slopes != nullptr)
       t.alibi_log2 =
           kLog2e *
@@ -362,9 +366,9 @@ struct UnitRunner : UnitState<T, K, V> {
 
   RowSums row_probabilities(int r, float* sr, KeyRange span, int base) const {
     const KeyRange visible{lo[r] - base, hi[r] - base};
-    if (p.softcap == 0.0F && p.alibi_slopes == nullptr)
-      return softmax_row<false>(sr, span, visible, {});
-    return softmax_row<true>(sr, span, visible, logit_terms(r, base, 1.0F));
+    const LogitTerms t = logit_terms(r, base, 1.0F);
+    return has_extra_terms() ? softmax_row<true>(sr, span, visible, t)
+                             : softmax_row<false>(sr, span, visible, t);
   }
 
   template <typename Self>
@@ -374,10 +378,7 @@ struct UnitRunner : UnitState<T, K, V> {
       const KeyRange tile = piece_range(r0, tile_end, base);
       const KeyRange span{tile.lo / Self::kSpan * Self::kSpan,
                           static_cast<int>(plan::round_up(tile.hi, Self::kSpan))};
-      for (int r = r0; r < tile_end; ++r) {
-        if (self.fetches()) self.fetch_beside_row();
-        self.finish_row(r, r - begin, span, base);
-      }
+      self.finish_rows(self, r0, tile_end, begin, span, base);
     }
     const int tiles_end = begin + static_cast<int>(plan::round_up(end - begin, Self::kTile));
     if constexpr (Self::kClearsTail)
@@ -391,6 +392,14 @@ struct UnitRunner : UnitState<T, K, V> {
                keep + begin, take + begin);
   }
 
+  /// Weights and sums of rows [r, end) of the block from `begin` on.
+  template <typename Self>
+  ATTEND_INLINE void finish_rows(Self& self, int r, int end, int begin, KeyRange span, int base) {
+    for (; r < end; ++r) {
+      if (self.fetches()) self.fetch_beside_row();
+      self.finish_row(r, r - begin, span, base);
+    }
+  }
   void fetch_beside_row() { next.template lines<16>(); }
 
   /// Weights and sums of row r, which is row `at` of its block.
