@@ -157,7 +157,9 @@ struct AmxUnitRunner : UnitRunner<bf16, K, V> {
 
   void stage(int piece) {
     unit_keys = this->piece_range(0, rows, piece * kPieceSize);
-    if (copies_keys() && !fetches()) copy_keys();
+    if (fetches()) return;
+    shape_tiles(kTileDim);
+    if (copies_keys()) copy_keys();
   }
   ATTEND_NOINLINE void copy_keys() {
     const Decoder<K> decoder{};
@@ -175,9 +177,8 @@ struct AmxUnitRunner : UnitRunner<bf16, K, V> {
   }
 
   template <typename Self>
-  void logits(Self& self, int begin, int end, int base, bool /*keep_panels*/) {
+  void logits(Self& /*self*/, int begin, int end, int base, bool /*keep_panels*/) {
     const KeyRange range = this->piece_range(begin, end, base);
-    shape_tiles(kTileDim);
     if (fetches()) {
       few_rows_logits(range);
       return;
@@ -191,12 +192,12 @@ struct AmxUnitRunner : UnitRunner<bf16, K, V> {
         rows_times_panel<1>(begin, keys, to);
       }
     }
-    (void)self;
   }
 
   /// Keys whose logits few rows compute together: a product waits for the last one of its own tile.
   static constexpr int kGroupKeys = 4 * kTileKeys;
   void few_rows_logits(KeyRange range) {
+    shape_tiles(kTileDim);
     int half = 0;
     int j = range.lo / kTileKeys * kTileKeys;
     if (copies_keys()) copy_group(j, 0, kGroupKeys, half);
