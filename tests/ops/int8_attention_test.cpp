@@ -194,7 +194,9 @@ TEST(Int8AttentionLevels, Of16LanesHaveTheSameBits) {
       flash_attn_varlen_int8(p.args(), nullptr, level);
       const std::vector<float> out = rows(p.out.view(), 0, p.out.view().shape[0]);
       if (first.empty()) first = out;
-      ASSERT_EQ(std::memcmp(first.data(), out.data(), out.size() * sizeof(float)), 0)
+      ASSERT_EQ(first.size(), out.size());
+      ASSERT_TRUE(out.empty() ||
+                  std::memcmp(first.data(), out.data(), out.size() * sizeof(float)) == 0)
           << to_string(level) << " " << i << " " << p.describe();
     }
   }
