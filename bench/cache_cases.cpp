@@ -24,8 +24,8 @@ class CacheWrite : public Problem {
         value_(kTokens * kRow * 2),
         key_cache_(kTokens * kRow * 2),
         value_cache_(kTokens * kRow * 2) {
-    fill_random(key_.data(), DType::bf16, kTokens * kRow, 1);
-    fill_random(value_.data(), DType::bf16, kTokens * kRow, 2);
+    fill_random(key_.data(), DType::bf16, {0, kTokens * kRow}, 1);
+    fill_random(value_.data(), DType::bf16, {0, kTokens * kRow}, 2);
     std::vector<std::int64_t> blocks(kBlocks);
     std::iota(blocks.begin(), blocks.end(), 0);
     for (std::size_t i = blocks.size() - 1; i > 0; --i)

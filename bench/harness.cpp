@@ -7,23 +7,75 @@
 namespace attend::bench {
 namespace {
 
-double measure_bound(const Case& c, const Problem& problem, Executor& executor) {
-  constexpr double kSeconds = 0.15;
-  switch (c.bound) {
-    case Bound::compute:
-      return measure_fma_gflops(executor, kSeconds);
-    case Bound::int8_compute:
-      return measure_int8_gops(executor, kSeconds);
-    case Bound::memory:
-      break;
+/// Something to time, with the ceiling that binds it.
+struct Timed {
+  Part part;
+  double ceiling = 0.0;
+  std::vector<double> times = {};
+
+  void measure_ceiling(Executor& executor) {
+    ceiling = std::max(ceiling, measure_bound(part, executor));
   }
-  return measure_read_gbps(executor, static_cast<std::size_t>(problem.bytes()), kSeconds);
+  void run() {
+    const auto start = std::chrono::steady_clock::now();
+    part.run();
+    times.push_back(
+        std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
+  }
+  Speed speed() {
+    Speed s;
+    s.bound = part.bound;
+    s.ceiling = ceiling;
+    std::sort(times.begin(), times.end());
+    s.seconds = times[times.size() / 2];
+    s.seconds_min = times.front();
+    s.gflops = part.flops / s.seconds * 1e-9;
+    s.gbps = part.bytes / s.seconds * 1e-9;
+    s.share = (part.bound == Bound::memory ? s.gbps : s.gflops) / ceiling;
+    return s;
+  }
+
+ private:
+  static double measure_bound(const Part& part, Executor& executor) {
+    constexpr double kSeconds = 0.15, kLargestRead = 2e9;
+    switch (part.bound) {
+      case Bound::compute:
+        return measure_fma_gflops(executor, kSeconds);
+      case Bound::int8_compute:
+        return measure_int8_gops(executor, kSeconds);
+      case Bound::memory:
+        return measure_read_gbps(
+            executor, static_cast<std::size_t>(std::min(part.bytes, kLargestRead)), kSeconds);
+      case Bound::parts:
+        break;
+    }
+    return 0.0;
+  }
+};
+
+/// Times a whole and its parts, in turn, and their ceilings before and after.
+void time_all(std::vector<Timed>& all, Executor& executor, double seconds) {
+  for (Timed& t : all) t.measure_ceiling(executor);
+  for (Timed& t : all) t.part.run();
+  constexpr std::size_t kMinRuns = 7;
+  for (double total = 0.0; all.front().times.size() < kMinRuns || total < seconds;) {
+    for (Timed& t : all) t.run();
+    total += all.front().times.back();
+  }
+  for (Timed& t : all) t.measure_ceiling(executor);
 }
 
-double time_once(Problem& problem) {
-  const auto start = std::chrono::steady_clock::now();
-  problem.run();
-  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+/// The whole is the first of `all`, its parts follow.
+void summarise(std::vector<Timed>& all, CaseResult& result) {
+  Timed& whole = all.front();
+  double seconds = 0.0;
+  for (std::size_t i = 1; i < all.size(); ++i) {
+    result.parts.push_back({std::string(all[i].part.name), all[i].speed()});
+    seconds += result.parts.back().speed.seconds;
+  }
+  if (whole.part.bound == Bound::parts) whole.ceiling = whole.part.flops / seconds * 1e-9;
+  result.runs = static_cast<int>(whole.times.size());
+  result.speed = whole.speed();
 }
 
 }  // namespace
@@ -36,45 +88,39 @@ std::string_view to_string(Bound bound) noexcept {
       return "int8 compute";
     case Bound::memory:
       return "memory";
+    case Bound::parts:
+      return "parts";
   }
   return "invalid bound";
 }
 
 std::vector<Case> all_cases() {
-  std::vector<Case> cases = attention_cases();
-  for (Case& c : int8_cases()) cases.push_back(std::move(c));
-  for (Case& c : cache_cases()) cases.push_back(std::move(c));
+  std::vector<Case> cases;
+  for (const auto& some : {prefill_cases, decode_cases, cascade_cases, int8_cases, cache_cases})
+    for (Case& c : some()) cases.push_back(std::move(c));
   return cases;
 }
 
-CaseResult run_case(const Case& c, Executor& executor, double seconds) {
+CaseResult run_case(const Case& c, Executor& shared, double seconds) {
+  const auto own =
+      c.threads > 0 && c.threads != shared.num_workers() ? make_thread_pool(c.threads) : nullptr;
+  Executor& executor = own ? *own : shared;
   CaseResult result;
   result.name = c.name;
-  result.bound = c.bound;
+  result.threads = executor.num_workers();
+  result.speed.bound = c.bound;
   const auto problem = c.make(executor);
   problem->run();
   result.failure = problem->verify();
   result.verified = result.failure.empty();
   if (!result.verified) return result;
 
+  std::vector<Timed> all{
+      {{c.name, c.bound, problem->flops(), problem->bytes(), [&] { problem->run(); }}}};
+  for (Part& part : problem->parts()) all.push_back({std::move(part)});
   result.lost_fraction = measure_lost_fraction(executor, 0.1);
-  const double before = measure_bound(c, *problem, executor);
-  problem->run();
-  std::vector<double> times;
-  double total = 0.0;
-  constexpr std::size_t kMinRuns = 7;
-  while (times.size() < kMinRuns || total < seconds) {
-    times.push_back(time_once(*problem));
-    total += times.back();
-  }
-  result.ceiling = std::max(before, measure_bound(c, *problem, executor));
-  std::sort(times.begin(), times.end());
-  result.seconds = times[times.size() / 2];
-  result.seconds_min = times.front();
-  result.runs = static_cast<int>(times.size());
-  result.gflops = problem->flops() / result.seconds * 1e-9;
-  result.gbps = problem->bytes() / result.seconds * 1e-9;
-  result.share = (c.bound == Bound::memory ? result.gbps : result.gflops) / result.ceiling;
+  time_all(all, executor, seconds);
+  summarise(all, result);
   return result;
 }
 

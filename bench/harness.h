@@ -15,8 +15,21 @@
 namespace attend::bench {
 
 /// Which ceiling binds a case.
-enum class Bound : std::uint8_t { compute, int8_compute, memory };
+enum class Bound : std::uint8_t {
+  compute,       ///< float32 multiply-adds, for 16-bit types too
+  int8_compute,  ///< int8 dot products
+  memory,        ///< sequential reads
+  parts,         ///< what the case's parts take one after the other
+};
 std::string_view to_string(Bound bound) noexcept;
+
+/// Some of the work of a problem, timed by itself.
+struct Part {
+  std::string_view name;
+  Bound bound;
+  double flops, bytes;  ///< as those of a problem
+  std::function<void()> run;
+};
 
 /// A prepared case: data in memory, plan made.
 class Problem {
@@ -27,38 +40,56 @@ class Problem {
   virtual std::string verify() const = 0;
   virtual double flops() const { return 0.0; }  ///< useful operations of one run
   virtual double bytes() const = 0;             ///< bytes that one run must at least move
+  /// What the work consists of, for problems that parts bind; they stay valid as long as this.
+  virtual std::vector<Part> parts() { return {}; }
 };
 
 struct Case {
-  std::string_view name;
-  std::string_view description;
+  std::string name;
+  std::string description;
   Bound bound;
   std::function<std::unique_ptr<Problem>(Executor&)> make;
+  int threads = 0;  ///< workers that it is for; 0 = as many as there are
 };
 
 /// All cases, in the order in which they are reported.
 std::vector<Case> all_cases();
-std::vector<Case> attention_cases();
-std::vector<Case> cache_cases();
+std::vector<Case> prefill_cases();
+std::vector<Case> decode_cases();
+std::vector<Case> cascade_cases();
 std::vector<Case> int8_cases();
+std::vector<Case> cache_cases();
+
+/// How fast something is.
+struct Speed {
+  Bound bound = Bound::compute;
+  double seconds = 0.0;  ///< median of one run
+  double seconds_min = 0.0;
+  double gflops = 0.0;  ///< 0 for cases without arithmetic
+  double gbps = 0.0;    ///< bytes() a second, in 1e9
+  /// GFLOP/s, int8 GOP/s or GB/s that binds, measured beside the case; GFLOP/s if parts bind.
+  double ceiling = 0.0;
+  double share = 0.0;  ///< of that ceiling
+};
+
+struct PartResult {
+  std::string name;
+  Speed speed;
+};
 
 struct CaseResult {
   std::string name;
   bool verified = false;
   std::string failure;  ///< why it is not verified
-  Bound bound = Bound::compute;
-  double seconds = 0.0;  ///< median of one run
-  double seconds_min = 0.0;
+  int threads = 0;      ///< workers that ran it
+  Speed speed;
   int runs = 0;
-  double gflops = 0.0;   ///< 0 for cases without arithmetic
-  double gbps = 0.0;     ///< bytes() a second, in 1e9
-  double ceiling = 0.0;  ///< GFLOP/s, int8 GOP/s or GB/s that binds, measured beside the case
-  double share = 0.0;    ///< of that ceiling
+  std::vector<PartResult> parts;  ///< timed between the runs of the whole; empty unless they bind
   double lost_fraction = 0.0;
 };
 
-/// Prepares, verifies and times one case. The ceiling is measured before and after; the higher
-/// counts.
+/// Prepares, verifies and times one case, on a pool of its own if it is for another number of
+/// workers. Ceilings are measured before and after; the higher counts.
 CaseResult run_case(const Case& c, Executor& executor, double seconds);
 
 }  // namespace attend::bench

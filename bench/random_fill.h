@@ -21,19 +21,25 @@ inline float random_value(std::uint64_t seed, std::uint64_t i) noexcept {
   return (static_cast<float>(bits) * 0x1p-24F - 0.5F) * 3.4641016F;
 }
 
+/// Elements [begin, end) of a buffer.
+struct Elements {
+  std::int64_t begin, end;
+};
+
 template <typename T>
-void fill_random(T* to, std::int64_t count, std::uint64_t seed) noexcept {
-  for (std::int64_t i = 0; i < count; ++i)
+void fill_random(T* to, Elements part, std::uint64_t seed) noexcept {
+  for (std::int64_t i = part.begin; i < part.end; ++i)
     to[i] = from_f32<T>(random_value(seed, static_cast<std::uint64_t>(i)));
 }
 
-/// Fills `count` elements of `dtype`.
-inline void fill_random(void* to, DType dtype, std::int64_t count, std::uint64_t seed) noexcept {
-  if (dtype == DType::f32) fill_random(static_cast<float*>(to), count, seed);
-  if (dtype == DType::f16) fill_random(static_cast<f16*>(to), count, seed);
-  if (dtype == DType::bf16) fill_random(static_cast<bf16*>(to), count, seed);
-  if (dtype == DType::fp8_e4m3) fill_random(static_cast<fp8_e4m3*>(to), count, seed);
-  if (dtype == DType::fp8_e5m2) fill_random(static_cast<fp8_e5m2*>(to), count, seed);
+/// Fills some elements of a buffer of `dtype`; what an element becomes depends on seed and place
+/// only.
+inline void fill_random(void* to, DType dtype, Elements part, std::uint64_t seed) noexcept {
+  if (dtype == DType::f32) fill_random(static_cast<float*>(to), part, seed);
+  if (dtype == DType::f16) fill_random(static_cast<f16*>(to), part, seed);
+  if (dtype == DType::bf16) fill_random(static_cast<bf16*>(to), part, seed);
+  if (dtype == DType::fp8_e4m3) fill_random(static_cast<fp8_e4m3*>(to), part, seed);
+  if (dtype == DType::fp8_e5m2) fill_random(static_cast<fp8_e5m2*>(to), part, seed);
 }
 
 /// Element `i` of a buffer of a floating-point `dtype`.

@@ -14,6 +14,7 @@ namespace {
 
 using bench::Bound;
 using bench::CaseResult;
+using bench::Speed;
 using nlohmann::ordered_json;
 
 struct Options {
@@ -24,6 +25,7 @@ struct Options {
   bool list = false;
 };
 
+constexpr int kNameWidth = 37;
 constexpr std::size_t kReadBuffer = std::size_t{512} << 20;
 
 ordered_json to_json(const bench::Ceilings& c, Executor& executor) {
@@ -33,20 +35,27 @@ ordered_json to_json(const bench::Ceilings& c, Executor& executor) {
           {"threads", executor.num_workers()}};
 }
 
+/// `name` stands in front: "case" or "part".
+ordered_json to_json(const char* name, const std::string& value, const Speed& s) {
+  return {{name, value},
+          {"seconds", s.seconds},
+          {"gflops", s.gflops},
+          {"gbps", s.gbps},
+          {"bound", bench::to_string(s.bound)},
+          {"share", s.share},
+          {"ceiling", s.ceiling},
+          {"seconds_min", s.seconds_min}};
+}
+
 ordered_json to_json(const CaseResult& r) {
-  ordered_json j = {{"case", r.name},
-                    {"seconds", r.seconds},
-                    {"gflops", r.gflops},
-                    {"gbps", r.gbps},
-                    {"bound", bench::to_string(r.bound)},
-                    {"share", r.share},
-                    {"verified", r.verified},
-                    {"ceiling", r.ceiling},
-                    {"seconds_min", r.seconds_min},
-                    {"runs", r.runs},
-                    {"lost_fraction", r.lost_fraction},
-                    {"noisy", r.lost_fraction > bench::kNoisyAbove}};
+  ordered_json j = to_json("case", r.name, r.speed);
+  j["verified"] = r.verified;
   if (!r.verified) j["failure"] = r.failure;
+  j["threads"] = r.threads;
+  j["runs"] = r.runs;
+  j["lost_fraction"] = r.lost_fraction;
+  j["noisy"] = r.lost_fraction > bench::kNoisyAbove;
+  for (const auto& part : r.parts) j["parts"].push_back(to_json("part", part.name, part.speed));
   return j;
 }
 
@@ -54,26 +63,42 @@ std::string format_seconds(double s) {
   return s < 1e-3 ? fmt::format("{:.1f} us", s * 1e6) : fmt::format("{:.2f} ms", s * 1e3);
 }
 
+const char* unit_of(Bound bound) {
+  switch (bound) {
+    case Bound::compute:
+      return "GFLOP/s";
+    case Bound::int8_compute:
+      return "int8 GOP/s";
+    case Bound::memory:
+      return "GB/s";
+    case Bound::parts:
+      return "GFLOP/s, its parts one after the other";
+  }
+  return "";
+}
+
+void print_speed(std::FILE* to, const std::string& name, const Speed& s, const char* mark) {
+  fmt::print(to, "{:<{}} {:>10} {:>10.1f} {:>9.2f}  {:>5.1f} % of {:.0f} {}{}\n", name, kNameWidth,
+             format_seconds(s.seconds), s.gflops, s.gbps, 100 * s.share, s.ceiling,
+             unit_of(s.bound), mark);
+}
+
 void print_case(std::FILE* to, const CaseResult& r) {
   if (!r.verified) {
-    fmt::print(to, "{:<28} WRONG, not timed: {}\n", r.name, r.failure);
+    fmt::print(to, "{:<{}} WRONG, not timed: {}\n", r.name, kNameWidth, r.failure);
     return;
   }
-  const char* unit = r.bound == Bound::compute  ? "GFLOP/s"
-                     : r.bound == Bound::memory ? "GB/s"
-                                                : "int8 GOP/s";
-  fmt::print(to, "{:<28} {:>10} {:>10.1f} {:>9.2f}  {:>5.1f} % of {:.0f} {}{}\n", r.name,
-             format_seconds(r.seconds), r.gflops, r.gbps, 100 * r.share, r.ceiling, unit,
-             r.lost_fraction > bench::kNoisyAbove ? "  (noisy)" : "");
+  print_speed(to, r.name, r.speed, r.lost_fraction > bench::kNoisyAbove ? "  (noisy)" : "");
+  for (const auto& part : r.parts) print_speed(to, "  " + part.name, part.speed, "");
   std::fflush(to);
 }
 
 void run(const Options& o) {
   std::vector<bench::Case> chosen;
   for (const auto& c : bench::all_cases())
-    if (fnmatch(o.pattern.c_str(), std::string(c.name).c_str(), 0) == 0) chosen.push_back(c);
+    if (fnmatch(o.pattern.c_str(), c.name.c_str(), 0) == 0) chosen.push_back(c);
   if (o.list) {
-    for (const auto& c : chosen) fmt::print("{:<28} {}\n", c.name, c.description);
+    for (const auto& c : chosen) fmt::print("{:<{}} {}\n", c.name, kNameWidth, c.description);
     return;
   }
   if (chosen.empty())
@@ -91,8 +116,8 @@ void run(const Options& o) {
       executor.num_workers(), ceilings.fma_gflops, ceilings.bf16_dot_gflops, ceilings.int8_dot_gops,
       ceilings.read_gbps, 100 * ceilings.lost_fraction,
       ceilings.lost_fraction > bench::kNoisyAbove ? " (noisy: repeat on a quiet machine)" : "");
-  fmt::print(text, "{:<28} {:>10} {:>10} {:>9}  {}\n", "case", "time", "GFLOP/s", "GB/s",
-             "share of the ceiling that binds");
+  fmt::print(text, "{:<{}} {:>10} {:>10} {:>9}  {}\n", "case", kNameWidth, "time", "GFLOP/s",
+             "GB/s", "share of the ceiling that binds");
   ordered_json results = ordered_json::array();
   bool all_verified = true;
   for (const auto& c : chosen) {
@@ -109,17 +134,16 @@ void run(const Options& o) {
 
 void add_bench(CLI::App& app) {
   auto o = std::make_shared<Options>();
-  CLI::App* command =
-      app.add_subcommand("bench",
-                         "Measure speed as a share of what this machine can do.\n\n"
-                         "First the ceilings (arithmetic in registers, sequential reads), then "
-                         "each case: it is compared\n"
-                         "with the float64 oracle on sampled rows, and only a right result is "
-                         "timed. The ceiling that\n"
-                         "binds the case is measured again beside it, over a buffer as large as "
-                         "the case's data. A run in\n"
-                         "which other programs took more than 2 % of the time is marked noisy.\n\n"
-                         "Example: attend bench --case 'decode*' --json -");
+  CLI::App* command = app.add_subcommand(
+      "bench",
+      "Measure speed as a share of what this machine can do.\n\n"
+      "First the ceilings (arithmetic in registers, sequential reads), then each case: it is\n"
+      "compared with the float64 oracle on sampled rows, and only a right result is timed. The\n"
+      "ceiling that binds the case is measured again beside it, over a buffer as large as the\n"
+      "case's data (at most 2 GB). A batch of several kinds of requests is measured against the\n"
+      "sum of its parts, each run by itself. A run in which other programs took more than 2 % of\n"
+      "the time is marked noisy.\n\n"
+      "Examples:\n  attend bench --list\n  attend bench --case 'decode*' --json -");
   command->add_option("--case", o->pattern, "Cases to run, a shell pattern (default: all)");
   command->add_option("--threads", o->threads, "Threads (default: all CPUs this process may use)")
       ->check(CLI::PositiveNumber);

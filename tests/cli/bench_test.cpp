@@ -1,0 +1,68 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <gmock/gmock.h>
+
+#include <algorithm>
+#include <nlohmann/json.hpp>
+#include <sstream>
+#include <vector>
+
+#include "cli/run_cli.h"
+
+namespace attend::testing {
+namespace {
+
+using ::testing::HasSubstr;
+using ::testing::IsSupersetOf;
+using ::testing::StartsWith;
+
+/// First word of each line.
+std::vector<std::string> listed(const std::string& pattern) {
+  const CliResult r = run_cli("bench --list --case '" + pattern + "'");
+  EXPECT_EQ(r.exit_code, 0) << r.err;
+  std::vector<std::string> names;
+  std::istringstream lines(r.out);
+  for (std::string line; std::getline(lines, line);)
+    names.push_back(line.substr(0, line.find(' ')));
+  return names;
+}
+
+TEST(BenchCommand, ListsTheCasesOnce) {
+  std::vector<std::string> names = listed("*");
+  EXPECT_THAT(names, IsSupersetOf({"prefill_bf16_gqa4_d128_4k", "decode_bf16_gqa4_8x32k",
+                                   "decode_f16_gqa4_8x32k", "decode_int8l1_gqa4_8x32k",
+                                   "decode_int8l2_gqa4_8x32k", "decode_fp8_e4m3_gqa4_8x32k",
+                                   "decode_fp8_e5m2_gqa4_8x32k", "decode_bf16_64x512",
+                                   "short_batch_64x128", "batch_mix", "single_token_128_1t"}));
+  std::sort(names.begin(), names.end());
+  EXPECT_EQ(std::adjacent_find(names.begin(), names.end()), names.end());
+}
+
+TEST(BenchCommand, PatternsChooseCases) {
+  const std::vector<std::string> names = listed("short_batch_*");
+  ASSERT_FALSE(names.empty());
+  for (const std::string& name : names) EXPECT_THAT(name, StartsWith("short_batch_"));
+  const CliResult none = run_cli("bench --case no_such_case");
+  EXPECT_EQ(none.exit_code, 2);
+  EXPECT_THAT(none.err, HasSubstr("no_such_case"));
+}
+
+TEST(BenchCommand, JsonHasTheStableKeys) {
+  const CliResult r = run_cli("bench --case single_token_128_1t --seconds 0.01 --json -");
+  ASSERT_EQ(r.exit_code, 0) << r.err;
+  const auto j = nlohmann::json::parse(r.out);
+  EXPECT_GT(j.at("ceilings").at("read_gbps"), 0.0);
+  ASSERT_EQ(j.at("cases").size(), 1U);
+  const auto& c = j.at("cases").at(0);
+  EXPECT_EQ(c.at("case"), "single_token_128_1t");
+  EXPECT_EQ(c.at("threads"), 1);
+  EXPECT_EQ(c.at("bound"), "memory");
+  EXPECT_EQ(c.at("verified"), true);
+  EXPECT_GE(c.at("runs"), 7);
+  for (const char* key : {"seconds", "seconds_min", "gflops", "gbps", "share", "ceiling"})
+    EXPECT_GT(c.at(key), 0.0) << key;
+  EXPECT_TRUE(c.at("noisy").is_boolean());
+  EXPECT_FALSE(c.contains("parts"));
+}
+
+}  // namespace
+}  // namespace attend::testing
