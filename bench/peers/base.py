@@ -1,0 +1,45 @@
+"""What an adapter gives to the worker.
+
+An adapter is a module adapters/NAME.py with
+  LABEL                  how tables call it
+  REQUIRES               what pip installs, pinned
+  unsupported(problem)   why it cannot do the problem, or None; imports nothing heavy
+  prepare(problem, data, threads) -> Side   everything that is not timed: conversion, cache, compilation
+and, where a setting of the environment is part of the best set-up, environment(threads).
+"""
+import dataclasses
+import time
+import typing
+
+
+class Unsupported(Exception):
+    """The library cannot do this problem; the text says why."""
+
+
+@dataclasses.dataclass
+class Side:
+    version: str                # with the settings that were chosen
+    run: typing.Callable        # what is timed
+    output: typing.Callable     # numpy float array [batch, query_len, Hq, D] of the last run
+
+
+def needs_same_type(problem):
+    """For libraries whose keys and values have the type of the queries."""
+    return None if problem.kv == problem.dtype else "keys and values in 8 bits are not offered"
+
+
+def fastest(candidates):
+    """(name, function) of the fastest of {name: function}, each run twice; failing ones drop out."""
+    times, errors = {}, []
+    for name, run in candidates.items():
+        try:
+            run()
+            start = time.perf_counter()
+            run()
+            times[name] = time.perf_counter() - start
+        except Exception as e:  # one way of several; the others decide
+            errors.append(f"{name}: {e}")
+    if not times:
+        raise Unsupported("; ".join(errors))
+    best = min(times, key=times.get)
+    return best, candidates[best]

@@ -1,0 +1,122 @@
+"""Runs the problems through the peers and through attend, run by run in turn."""
+import importlib
+import json
+import pathlib
+import statistics
+import sys
+import time
+
+import report
+from cli import BUILD, HERE, ROOT, parse
+from data import Data
+from problems import ERROR_LIMIT
+from sides import SideFailed, SideProcess
+
+
+def say(text):
+    print(text, file=sys.stderr, flush=True)
+
+
+def start_attend(data, threads, timeout):
+    log = BUILD / "logs" / f"{data.problem.name}-{threads}-attend.log"
+    return SideProcess([ROOT / "build/release/bench/attend_peer", data.description, threads], {}, log,
+                       timeout)
+
+
+def start_peer(name, data, threads, timeout):
+    adapter = importlib.import_module(f"adapters.{name}")
+    # Huge pages for whatever the library allocates with malloc: ours has them too.
+    environment = {"OMP_NUM_THREADS": str(threads), "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+                   "PYTHONPATH": str(HERE)}
+    if hasattr(adapter, "environment"):
+        environment |= adapter.environment(threads)
+    log = BUILD / "logs" / f"{data.problem.name}-{threads}-{name}.log"
+    return SideProcess([sys.executable, HERE / "worker.py", name, data.description, threads],
+                       environment, log, timeout)
+
+
+def checked_error(side, data, reference):
+    """Relative error after one run; what is wrong is not timed."""
+    output = BUILD / "output.f32"
+    side.milliseconds(0)
+    side.ask(f"dump {output}")
+    error = data.error(output, reference)
+    if not error <= ERROR_LIMIT[data.problem.kv]:
+        raise SideFailed(f"wrong result: relative error {error:.2g}")
+    return error
+
+
+def compare(peer, ours, options):
+    """Medians of alternating runs, and the share of time that other programs took."""
+    times, our_times, lost = [], [], []
+    for _ in range(options.rounds):
+        lost.append(float(ours.ask("spin 0.05")))
+        times.append(peer.milliseconds(options.seconds))
+        our_times.append(ours.milliseconds(options.seconds))
+    return {"ms": statistics.median(times), "our_ms": statistics.median(our_times),
+            "lost": statistics.median(lost)}
+
+
+def run_pair(name, data, reference, ours, options):
+    adapter = importlib.import_module(f"adapters.{name}")
+    result = {"peer": name, "label": adapter.LABEL}
+    reason = adapter.unsupported(data.problem)
+    if reason:
+        return result | {"not_offered": reason}
+    try:
+        failed = BUILD / "install" / f"{name}.failed"
+        if failed.exists():
+            raise SideFailed(failed.read_text().strip())
+        with start_peer(name, data, ours["threads"], options.timeout) as peer:
+            result |= {"version": peer.version, "error": checked_error(peer, data, reference)}
+            result |= compare(peer, ours["side"], options)
+    except SideFailed as e:
+        say(f"    {adapter.LABEL}: {e}")
+        return result | {"failed": str(e)}
+    say(f"    {adapter.LABEL}: {result['ms']:.3f} ms, attend {result['our_ms']:.3f} ms, "
+        f"{result['ms'] / result['our_ms']:.2f} times as fast; errors {result['error']:.1e}, "
+        f"{ours['error']:.1e}{report.noise(result)}")
+    return result
+
+
+def run_problem(problem, threads, options):
+    data = Data(problem, BUILD / "data")
+    data.make()
+    reference = data.reference()
+    result = {"problem": problem.name, "threads": threads, "flops": problem.flops,
+              "bytes": problem.bytes, "decode": problem.is_decode, "peers": []}
+    try:
+        with start_attend(data, threads, options.timeout) as side:
+            error = checked_error(side, data, reference)
+            ours = {"side": side, "threads": threads, "error": error}
+            result |= {"version": side.version, "our_error": error,
+                       "ceilings": side.ask("ceilings").split()}
+            for name in options.only:
+                result["peers"].append(run_pair(name, data, reference, ours, options))
+    except SideFailed as e:
+        say(f"    attend: {e}")
+        result["failed"] = str(e)
+    return result
+
+
+def main():
+    o = parse(sys.argv[1:])
+    for folder in ("data", "logs"):
+        (BUILD / folder).mkdir(parents=True, exist_ok=True)
+    results, start = [], time.monotonic()
+    for i, problem in enumerate(o.problems):
+        for threads in [problem.only_threads] if problem.only_threads else o.threads:
+            say(f"[{i + 1}/{len(o.problems)}, {time.monotonic() - start:.0f} s] {problem.name}, "
+                f"{threads} thread(s)")
+            results.append(run_problem(problem, threads, o))
+            (BUILD / "results.json").write_text(json.dumps(results, indent=1))
+    text = report.markdown(results, o)
+    if o.complete:
+        report.insert(text, ROOT / "docs" / "benchmarks.md")
+        say("Wrote docs/benchmarks.md")
+    else:
+        print(text)
+
+
+if __name__ == "__main__":
+    main()
