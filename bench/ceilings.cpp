@@ -9,6 +9,7 @@
 
 #include "attend/core/workspace.h"
 #include "bench/kernels/kernels.h"
+#include "bench/noise.h"
 
 namespace attend::bench {
 namespace {
@@ -75,34 +76,17 @@ double measure_read_gbps(Executor& executor, std::size_t buffer_bytes, double se
   return sum * 1e-9;
 }
 
-double measure_lost_fraction(Executor& executor, double seconds) {
-  std::vector<double> lost(static_cast<std::size_t>(executor.num_workers()));
-  executor.run([&](int worker) {
-    // Two looks at the clock are some 50 ns apart: more than 5 us between them went elsewhere.
-    constexpr double kGap = 5e-6;
-    const auto start = Clock::now();
-    auto last = start;
-    double sum = 0.0;
-    for (;;) {
-      const auto now = Clock::now();
-      const double gap = std::chrono::duration<double>(now - last).count();
-      if (gap > kGap) sum += gap;
-      last = now;
-      if (std::chrono::duration<double>(now - start).count() > seconds) break;
-    }
-    lost[static_cast<std::size_t>(worker)] = sum / seconds_since(start);
-  });
-  return *std::max_element(lost.begin(), lost.end());
-}
-
 Ceilings measure_ceilings(Executor& executor, std::size_t buffer_bytes, double seconds_each) {
   const CeilingKernels kernels = ceiling_kernels();
   Ceilings c;
-  c.lost_fraction = measure_lost_fraction(executor, seconds_each);
+  SpinChecks spin(executor);
+  spin.look(seconds_each);
   c.fma_gflops = measure_ops(executor, kernels.fma, seconds_each);
   c.bf16_dot_gflops = measure_ops(executor, kernels.bf16_dot, seconds_each);
   c.int8_dot_gops = measure_ops(executor, kernels.int8_dot, seconds_each);
   c.read_gbps = measure_read_gbps(executor, buffer_bytes, seconds_each);
+  spin.look(seconds_each);
+  c.lost_fraction = spin.lost_fraction();
   return c;
 }
 

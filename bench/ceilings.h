@@ -14,13 +14,11 @@ struct Ceilings {
   double bf16_dot_gflops = 0.0;  ///< vdpbf16ps, 4 operations a lane
   double int8_dot_gops = 0.0;    ///< vpdpbusd, 8 operations a lane
   double read_gbps = 0.0;  ///< sequential read of `buffer_bytes`, median pass, 1e9 bytes a second
-  double lost_fraction = 0.0;  ///< time that other programs took from a spinning worker
+  double lost_fraction = 0.0;  ///< time that other programs took meanwhile
+  int attempts = 1;            ///< times that all of them were measured; these are the quietest
 };
 
-/// Above this lost_fraction a run is flagged as noisy.
-inline constexpr double kNoisyAbove = 0.02;
-
-/// Measures all of them, `seconds_each` a figure.
+/// Measures all of them once, `seconds_each` a figure.
 Ceilings measure_ceilings(Executor& executor, std::size_t buffer_bytes, double seconds_each);
 
 /// Single figures, for measuring beside a case.
@@ -28,6 +26,5 @@ double measure_fma_gflops(Executor& executor, double seconds);
 /// Of the best instructions that there are: float32 ones where int8 dot products are missing.
 double measure_int8_gops(Executor& executor, double seconds);
 double measure_read_gbps(Executor& executor, std::size_t buffer_bytes, double seconds);
-double measure_lost_fraction(Executor& executor, double seconds);
 
 }  // namespace attend::bench

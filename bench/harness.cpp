@@ -53,29 +53,38 @@ struct Timed {
   }
 };
 
-/// Times a whole and its parts, in turn, and their ceilings before and after.
-void time_all(std::vector<Timed>& all, Executor& executor, double seconds) {
+/// Times a whole and its parts, in turn, and their ceilings before and after; spins in between.
+double time_all(std::vector<Timed>& all, Executor& executor, double seconds) {
+  constexpr std::size_t kMinRuns = 7;
+  constexpr double kSpin = 0.05;
+  SpinChecks spin(executor);
+  spin.look(kSpin);
   for (Timed& t : all) t.measure_ceiling(executor);
   for (Timed& t : all) t.part.run();
-  constexpr std::size_t kMinRuns = 7;
   for (double total = 0.0; all.front().times.size() < kMinRuns || total < seconds;) {
     for (Timed& t : all) t.run();
     total += all.front().times.back();
+    spin.look_now_and_then();
   }
   for (Timed& t : all) t.measure_ceiling(executor);
+  spin.look(kSpin);
+  return spin.lost_fraction();
 }
 
-/// The whole is the first of `all`, its parts follow.
-void summarise(std::vector<Timed>& all, CaseResult& result) {
+/// One attempt; the whole is the first of `all`, its parts follow.
+CaseResult measure(std::vector<Timed> all, Executor& executor, double seconds) {
+  CaseResult result;
+  result.lost_fraction = time_all(all, executor, seconds);
   Timed& whole = all.front();
-  double seconds = 0.0;
+  double parts_seconds = 0.0;
   for (std::size_t i = 1; i < all.size(); ++i) {
     result.parts.push_back({std::string(all[i].part.name), all[i].speed()});
-    seconds += result.parts.back().speed.seconds;
+    parts_seconds += result.parts.back().speed.seconds;
   }
-  if (whole.part.bound == Bound::parts) whole.ceiling = whole.part.flops / seconds * 1e-9;
+  if (whole.part.bound == Bound::parts) whole.ceiling = whole.part.flops / parts_seconds * 1e-9;
   result.runs = static_cast<int>(whole.times.size());
   result.speed = whole.speed();
+  return result;
 }
 
 }  // namespace
@@ -101,26 +110,24 @@ std::vector<Case> all_cases() {
   return cases;
 }
 
-CaseResult run_case(const Case& c, Executor& shared, double seconds) {
+CaseResult run_case(const Case& c, Executor& shared, const Timing& timing) {
   const auto own =
       c.threads > 0 && c.threads != shared.num_workers() ? make_thread_pool(c.threads) : nullptr;
   Executor& executor = own ? *own : shared;
-  CaseResult result;
-  result.name = c.name;
-  result.threads = executor.num_workers();
-  result.speed.bound = c.bound;
   const auto problem = c.make(executor);
   problem->run();
+  CaseResult result;
   result.failure = problem->verify();
-  result.verified = result.failure.empty();
-  if (!result.verified) return result;
-
-  std::vector<Timed> all{
-      {{c.name, c.bound, problem->flops(), problem->bytes(), [&] { problem->run(); }}}};
-  for (Part& part : problem->parts()) all.push_back({std::move(part)});
-  result.lost_fraction = measure_lost_fraction(executor, 0.1);
-  time_all(all, executor, seconds);
-  summarise(all, result);
+  result.speed.bound = c.bound;
+  if (result.failure.empty()) {
+    std::vector<Timed> all{
+        {{c.name, c.bound, problem->flops(), problem->bytes(), [&] { problem->run(); }}}};
+    for (Part& part : problem->parts()) all.push_back({std::move(part)});
+    result = quietest(timing.attempts, [&] { return measure(all, executor, timing.seconds); });
+    result.verified = true;
+  }
+  result.name = c.name;
+  result.threads = executor.num_workers();
   return result;
 }
 

@@ -10,6 +10,7 @@
 
 #include "attend/core/executor.h"
 #include "bench/ceilings.h"
+#include "bench/noise.h"
 
 /// Verify, then time: a case that fails its check is reported and not timed.
 namespace attend::bench {
@@ -85,11 +86,20 @@ struct CaseResult {
   Speed speed;
   int runs = 0;
   std::vector<PartResult> parts;  ///< timed between the runs of the whole; empty unless they bind
-  double lost_fraction = 0.0;
+  double lost_fraction = 0.0;     ///< time that other programs took before, between and after runs
+  int attempts = 1;               ///< times that it was measured; this is the quietest
+
+  bool noisy() const noexcept { return lost_fraction > kNoisyAbove; }
+};
+
+/// How to time a case.
+struct Timing {
+  double seconds = 0.5;  ///< to run the case for, at least
+  int attempts = 3;      ///< to measure it until other programs leave it alone, at most
 };
 
 /// Prepares, verifies and times one case, on a pool of its own if it is for another number of
 /// workers. Ceilings are measured before and after; the higher counts.
-CaseResult run_case(const Case& c, Executor& executor, double seconds);
+CaseResult run_case(const Case& c, Executor& executor, const Timing& timing);
 
 }  // namespace attend::bench

@@ -6,6 +6,7 @@
 #include <algorithm>
 
 #include "attend/core/cpu.h"
+#include "bench/noise.h"
 
 namespace attend::cli {
 namespace {

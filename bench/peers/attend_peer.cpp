@@ -13,6 +13,7 @@
 
 #include "attend/core/cpu.h"
 #include "bench/ceilings.h"
+#include "bench/noise.h"
 #include "bench/peers/attend_side.h"
 
 /// Our side of scripts/peers, a line at a time, so that the other side's runs can alternate with

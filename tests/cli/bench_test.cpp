@@ -47,7 +47,8 @@ TEST(BenchCommand, PatternsChooseCases) {
 }
 
 TEST(BenchCommand, JsonHasTheStableKeys) {
-  const CliResult r = run_cli("bench --case single_token_128_1t --seconds 0.01 --json -");
+  const CliResult r =
+      run_cli("bench --case single_token_128_1t --seconds 0.01 --attempts 2 --json -");
   ASSERT_EQ(r.exit_code, 0) << r.err;
   const auto j = nlohmann::json::parse(r.out);
   EXPECT_GT(j.at("ceilings").at("read_gbps"), 0.0);
@@ -60,7 +61,12 @@ TEST(BenchCommand, JsonHasTheStableKeys) {
   EXPECT_GE(c.at("runs"), 7);
   for (const char* key : {"seconds", "seconds_min", "gflops", "gbps", "share", "ceiling"})
     EXPECT_GT(c.at(key), 0.0) << key;
-  EXPECT_TRUE(c.at("noisy").is_boolean());
+  EXPECT_EQ(c.at("noisy"), c.at("lost_fraction") > 0.02);
+  EXPECT_EQ(j.at("noisy"), c.at("noisy") || j.at("ceilings").at("noisy"));
+  for (const auto& attempts : {c.at("attempts"), j.at("ceilings").at("attempts")}) {
+    EXPECT_GE(attempts, 1);
+    EXPECT_LE(attempts, 2);
+  }
   EXPECT_FALSE(c.contains("parts"));
 }
 

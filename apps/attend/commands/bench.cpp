@@ -21,7 +21,7 @@ struct Options {
   std::string pattern = "*";
   std::string json;
   int threads = 0;
-  double seconds = 0.5;
+  bench::Timing timing;
   bool list = false;
 };
 
@@ -32,7 +32,7 @@ ordered_json to_json(const bench::Ceilings& c, Executor& executor) {
   return {{"fma_gflops", c.fma_gflops},       {"bf16_dot_gflops", c.bf16_dot_gflops},
           {"int8_dot_gops", c.int8_dot_gops}, {"read_gbps", c.read_gbps},
           {"lost_fraction", c.lost_fraction}, {"noisy", c.lost_fraction > bench::kNoisyAbove},
-          {"threads", executor.num_workers()}};
+          {"attempts", c.attempts},           {"threads", executor.num_workers()}};
 }
 
 /// `name` stands in front: "case" or "part".
@@ -54,7 +54,8 @@ ordered_json to_json(const CaseResult& r) {
   j["threads"] = r.threads;
   j["runs"] = r.runs;
   j["lost_fraction"] = r.lost_fraction;
-  j["noisy"] = r.lost_fraction > bench::kNoisyAbove;
+  j["noisy"] = r.noisy();
+  j["attempts"] = r.attempts;
   for (const auto& part : r.parts) j["parts"].push_back(to_json("part", part.name, part.speed));
   return j;
 }
@@ -77,7 +78,7 @@ const char* unit_of(Bound bound) {
   return "";
 }
 
-void print_speed(std::FILE* to, const std::string& name, const Speed& s, const char* mark) {
+void print_speed(std::FILE* to, const std::string& name, const Speed& s, const std::string& mark) {
   fmt::print(to, "{:<{}} {:>10} {:>10.1f} {:>9.2f}  {:>5.1f} % of {:.0f} {}{}\n", name, kNameWidth,
              format_seconds(s.seconds), s.gflops, s.gbps, 100 * s.share, s.ceiling,
              unit_of(s.bound), mark);
@@ -88,9 +89,21 @@ void print_case(std::FILE* to, const CaseResult& r) {
     fmt::print(to, "{:<{}} WRONG, not timed: {}\n", r.name, kNameWidth, r.failure);
     return;
   }
-  print_speed(to, r.name, r.speed, r.lost_fraction > bench::kNoisyAbove ? "  (noisy)" : "");
+  const std::string mark =
+      r.noisy() ? fmt::format("  (noisy: {:.0f} % lost to others)", 100 * r.lost_fraction) : "";
+  print_speed(to, r.name, r.speed, mark);
   for (const auto& part : r.parts) print_speed(to, "  " + part.name, part.speed, "");
   std::fflush(to);
+}
+
+void print_ceilings(std::FILE* to, const bench::Ceilings& c, const Executor& executor) {
+  fmt::print(
+      to,
+      "ceilings with {} thread(s): float32 FMA {:.0f} GFLOP/s, bf16 dot {:.0f} GFLOP/s, int8 dot "
+      "{:.0f} GOP/s, read {:.1f} GB/s; lost to others {:.1f} %{}\n",
+      executor.num_workers(), c.fma_gflops, c.bf16_dot_gflops, c.int8_dot_gops, c.read_gbps,
+      100 * c.lost_fraction,
+      c.lost_fraction > bench::kNoisyAbove ? " (noisy: repeat on a quiet machine)" : "");
 }
 
 void run(const Options& o) {
@@ -108,25 +121,29 @@ void run(const Options& o) {
   Executor& executor = own ? *own : default_executor();
   std::FILE* text = o.json == "-" ? stderr : stdout;
 
-  const bench::Ceilings ceilings = bench::measure_ceilings(executor, kReadBuffer, 0.3);
-  fmt::print(
-      text,
-      "ceilings with {} thread(s): float32 FMA {:.0f} GFLOP/s, bf16 dot {:.0f} GFLOP/s, int8 dot "
-      "{:.0f} GOP/s, read {:.1f} GB/s; lost to others {:.1f} %{}\n",
-      executor.num_workers(), ceilings.fma_gflops, ceilings.bf16_dot_gflops, ceilings.int8_dot_gops,
-      ceilings.read_gbps, 100 * ceilings.lost_fraction,
-      ceilings.lost_fraction > bench::kNoisyAbove ? " (noisy: repeat on a quiet machine)" : "");
+  const bench::Ceilings ceilings = bench::quietest(
+      o.timing.attempts, [&] { return bench::measure_ceilings(executor, kReadBuffer, 0.3); });
+  print_ceilings(text, ceilings, executor);
   fmt::print(text, "{:<{}} {:>10} {:>10} {:>9}  {}\n", "case", kNameWidth, "time", "GFLOP/s",
              "GB/s", "share of the ceiling that binds");
   ordered_json results = ordered_json::array();
   bool all_verified = true;
+  int noisy = 0;
   for (const auto& c : chosen) {
-    const CaseResult r = bench::run_case(c, executor, o.seconds);
+    const CaseResult r = bench::run_case(c, executor, o.timing);
     print_case(text, r);
     results.push_back(to_json(r));
     all_verified &= r.verified;
+    noisy += r.noisy() ? 1 : 0;
   }
-  write_json({{"ceilings", to_json(ceilings, executor)}, {"cases", results}}, o.json);
+  if (noisy > 0)
+    fmt::print(text,
+               "{} of {} cases are noisy, measured {} time(s): repeat them on a quiet machine\n",
+               noisy, chosen.size(), o.timing.attempts);
+  write_json({{"ceilings", to_json(ceilings, executor)},
+              {"cases", results},
+              {"noisy", noisy > 0 || ceilings.lost_fraction > bench::kNoisyAbove}},
+             o.json);
   if (!all_verified) throw Exit{kCheckFailed};
 }
 
@@ -141,13 +158,20 @@ void add_bench(CLI::App& app) {
       "compared with the float64 oracle on sampled rows, and only a right result is timed. The\n"
       "ceiling that binds the case is measured again beside it, over a buffer as large as the\n"
       "case's data (at most 2 GB). A batch of several kinds of requests is measured against the\n"
-      "sum of its parts, each run by itself. A run in which other programs took more than 2 % of\n"
-      "the time is marked noisy.\n\n"
+      "sum of its parts, each run by itself.\n\n"
+      "Threads spin before, between and after the runs. If other programs took more than 2 % of\n"
+      "that time, the measurement is repeated, and marked noisy if it stays so.\n\n"
       "Examples:\n  attend bench --list\n  attend bench --case 'decode*' --json -");
   command->add_option("--case", o->pattern, "Cases to run, a shell pattern (default: all)");
   command->add_option("--threads", o->threads, "Threads (default: all CPUs this process may use)")
       ->check(CLI::PositiveNumber);
-  command->add_option("--seconds", o->seconds, "Seconds to time each case at least (default 0.5)")
+  command
+      ->add_option("--seconds", o->timing.seconds,
+                   "Seconds to time each case at least (default 0.5)")
+      ->check(CLI::PositiveNumber);
+  command
+      ->add_option("--attempts", o->timing.attempts,
+                   "Times to measure what is noisy, at most (default 3)")
       ->check(CLI::PositiveNumber);
   command->add_flag("--list", o->list, "List the cases and end");
   add_json_option(*command, o->json);
