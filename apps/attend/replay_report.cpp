@@ -42,6 +42,19 @@ void print_check(std::FILE* out, const serving::CheckSummary& check) {
   }
 }
 
+void print_memory(std::FILE* out, const serving::MemoryUse& use) {
+  constexpr double kMiB = 1 << 20;
+  std::vector<std::string> nodes;
+  for (const NodeShare& share : use.nodes)
+    nodes.push_back(
+        fmt::format("{:.1f} on node {}", static_cast<double>(share.bytes) / kMiB, share.node));
+  fmt::print(out, "{:<18}{:.1f} MiB, {:.0f} % in huge pages{}{}\n", "cache memory",
+             static_cast<double>(use.bytes) / kMiB,
+             100.0 * static_cast<double>(use.huge_page_bytes) / static_cast<double>(use.bytes),
+             nodes.empty() ? "" : "; MiB: ", fmt::join(nodes, ", "));
+  for (const std::string& problem : use.problems) fmt::print(out, "{:<18}  {}\n", "", problem);
+}
+
 }  // namespace
 
 nlohmann::ordered_json to_json(const ReplayReport& report) {
@@ -65,6 +78,12 @@ nlohmann::ordered_json to_json(const ReplayReport& report) {
                    {"block_bytes", r.block_bytes},
                    {"dtype", nullptr}};
   if (!r.kv_cache_dtype.empty()) j["kv_cache"]["dtype"] = r.kv_cache_dtype;
+  j["kv_cache"]["bytes"] = r.memory.bytes;
+  j["kv_cache"]["huge_page_bytes"] = r.memory.huge_page_bytes;
+  j["kv_cache"]["node_bytes"] = nlohmann::ordered_json::object();
+  for (const NodeShare& share : r.memory.nodes)
+    j["kv_cache"]["node_bytes"][std::to_string(share.node)] = share.bytes;
+  j["kv_cache"]["memory_problems"] = r.memory.problems;
   j["encoder_tokens"] = r.counters.encoder_tokens;
   j["encoder_cache"] = {{"num_blocks", r.num_encoder_blocks},
                         {"peak_used_blocks", r.peak_used_encoder_blocks}};
@@ -116,6 +135,7 @@ void print_table(const ReplayReport& report, std::FILE* out) {
                "KV cache", r.peak_used_blocks, r.num_blocks, r.block_size,
                100.0 * static_cast<double>(r.peak_used_blocks) / static_cast<double>(r.num_blocks),
                r.kv_cache_dtype, to_string(r.kv_layout));
+    print_memory(out, r.memory);
     if (r.num_encoder_blocks > 0) {
       fmt::print(out, "{:<18}{} tokens computed; at most {} of {} blocks used ({:.0f} %)\n",
                  "encoder", r.counters.encoder_tokens, r.peak_used_encoder_blocks,

@@ -1,19 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "core/cpu_quota.h"
 
-#include <sched.h>
-
 #include <algorithm>
-#include <cerrno>
 #include <charconv>
 #include <fstream>
 #include <limits>
-#include <memory>
 #include <sstream>
 #include <string>
 #include <string_view>
 
 #include "attend/core/executor.h"
+#include "core/affinity.h"
 
 namespace attend {
 namespace {
@@ -75,24 +72,6 @@ bool contains_controller(std::string_view controllers, std::string_view name) {
   return false;
 }
 
-int affinity_cpus() noexcept {
-  struct FreeSet {
-    void operator()(cpu_set_t* set) const noexcept { CPU_FREE(set); }
-  };
-  // The kernel refuses masks shorter than its own with EINVAL.
-  for (int capacity = 1024; capacity <= (1 << 20); capacity *= 2) {
-    const std::unique_ptr<cpu_set_t, FreeSet> set(CPU_ALLOC(static_cast<std::size_t>(capacity)));
-    if (set == nullptr) return 1;
-    const std::size_t bytes = CPU_ALLOC_SIZE(static_cast<std::size_t>(capacity));
-    CPU_ZERO_S(bytes, set.get());
-    if (sched_getaffinity(0, bytes, set.get()) == 0) {
-      return std::max(1, CPU_COUNT_S(bytes, set.get()));
-    }
-    if (errno != EINVAL) return 1;
-  }
-  return 1;
-}
-
 }  // namespace
 
 std::optional<int> cgroup_cpu_limit(const fs::path& root) {
@@ -117,8 +96,9 @@ std::optional<int> cgroup_cpu_limit(const fs::path& root) {
 }
 
 int available_cpus() noexcept {
-  const int cpus = affinity_cpus();
+  int cpus = 1;
   try {
+    cpus = std::max(1, static_cast<int>(thread_cpus().size()));
     return std::max(1, std::min(cpus, cgroup_cpu_limit("/").value_or(cpus)));
   } catch (const std::exception&) {
     return cpus;  // files that cannot be read set no limit

@@ -2,7 +2,6 @@
 #include "attend/core/workspace.h"
 
 #include <fmt/format.h>
-#include <sys/mman.h>
 
 #include <cstdint>
 #include <cstdlib>
@@ -10,11 +9,12 @@
 #include <utility>
 
 #include "attend/core/error.h"
+#include "attend/core/huge_pages.h"
+#include "core/huge_mapping.h"
 
 namespace attend {
 namespace {
 
-constexpr std::size_t kHugePage = std::size_t{2} << 20;
 constexpr std::size_t kAlignment = 64;
 
 std::size_t round_up(std::size_t n, std::size_t multiple) noexcept {
@@ -25,34 +25,23 @@ std::size_t round_up(std::size_t n, std::size_t multiple) noexcept {
   throw DeviceError(fmt::format("cannot allocate a buffer of {} bytes", bytes));
 }
 
-// mmap aligns to 4 KiB only: map one huge page more and give the ends back.
-void* map_huge(std::size_t bytes) {
-  const std::size_t size = round_up(bytes, kHugePage);
-  void* base =
-      mmap(nullptr, size + kHugePage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  if (base == MAP_FAILED) fail(bytes);
-  auto* bytes_begin = static_cast<std::byte*>(base);
-  const std::size_t head = round_up(reinterpret_cast<std::uintptr_t>(base), kHugePage) -
-                           reinterpret_cast<std::uintptr_t>(base);
-  if (head > 0) munmap(bytes_begin, head);
-  munmap(bytes_begin + head + size, kHugePage - head);
-  // Only a hint: without transparent huge pages the buffer works, slower.
-  madvise(bytes_begin + head, size, MADV_HUGEPAGE);
-  return bytes_begin + head;
-}
-
 void* allocate(std::size_t bytes) {
   if (bytes == 0) return nullptr;
   if (bytes > SIZE_MAX / 4) fail(bytes);
-  if (bytes >= kHugePage) return map_huge(bytes);
+  if (bytes >= kHugePageBytes) {
+    // Only a hint: without huge pages the buffer works, slower.
+    void* data = map_huge_pages(bytes, true).data;
+    if (data == nullptr) fail(bytes);
+    return data;
+  }
   void* p = std::aligned_alloc(kAlignment, round_up(bytes, kAlignment));
   if (p == nullptr) fail(bytes);
   return std::memset(p, 0, round_up(bytes, kAlignment));
 }
 
 void release(void* data, std::size_t bytes) noexcept {
-  if (bytes >= kHugePage) {
-    munmap(data, round_up(bytes, kHugePage));
+  if (bytes >= kHugePageBytes) {
+    unmap_huge_pages(data, bytes);
   } else {
     std::free(data);
   }

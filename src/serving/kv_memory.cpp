@@ -2,11 +2,9 @@
 #include "serving/kv_memory.h"
 
 #include <algorithm>
-#include <cstring>
 #include <fstream>
 #include <limits>
 #include <numeric>
-#include <string>
 #include <utility>
 
 #include "attend/core/error.h"
@@ -34,6 +32,11 @@ std::int64_t meminfo_available() {
   return kUnknown;
 }
 
+void add_problem(std::vector<std::string>& problems, const std::string& problem) {
+  if (!problem.empty() && std::ranges::find(problems, problem) == problems.end())
+    problems.push_back(problem);
+}
+
 }  // namespace
 
 std::int64_t available_memory_bytes() {
@@ -58,24 +61,36 @@ KvMemory::LayerTensors::LayerTensors(DType dtype, std::vector<std::int64_t> shap
                                      std::vector<int> order, int num_layers, Executor& executor)
     : dtype_(dtype), shape_(std::move(shape)), order_(std::move(order)) {
   layer_bytes_ = cache_bytes(shape_, dtype_);
-  buffer_ = Buffer(static_cast<std::size_t>(layer_bytes_ * num_layers));
-
-  // All ones is NaN in every floating-point format.
-  auto* bytes = static_cast<std::byte*>(buffer_.data());
-  const std::size_t size = buffer_.size();
-  const auto workers = static_cast<std::size_t>(executor.num_workers());
-  executor.run([&](int worker) {
-    const auto w = static_cast<std::size_t>(worker);
-    const std::size_t begin = size / workers * w;
-    const std::size_t end = w + 1 == workers ? size : size / workers * (w + 1);
-    std::memset(bytes + begin, 0xff, end - begin);
-  });
+  CacheMemoryOptions options;
+  options.executor = &executor;
+  options.fill = 0xff;  // NaN in every floating-point format
+  memory_ = CacheMemory(static_cast<std::size_t>(layer_bytes_ * num_layers), options);
 }
 
 TensorView KvMemory::LayerTensors::layer(int index) const {
-  if (buffer_.data() == nullptr) return {};
-  auto* data = static_cast<std::byte*>(buffer_.data()) + layer_bytes_ * index;
+  if (memory_.data() == nullptr) return {};
+  auto* data = static_cast<std::byte*>(memory_.data()) + layer_bytes_ * index;
   return cache_view(data, dtype_, shape_, order_);
+}
+
+void MemoryUse::add(const CacheMemory& memory) {
+  bytes += static_cast<std::int64_t>(memory.size());
+  huge_page_bytes += static_cast<std::int64_t>(memory.huge_page_bytes());
+  for (const NodeShare& share : memory.report().nodes) {
+    const auto known = std::ranges::find(nodes, share.node, &NodeShare::node);
+    if (known == nodes.end()) {
+      nodes.push_back(share);
+    } else {
+      known->bytes += share.bytes;
+    }
+  }
+  add_problem(problems, memory.report().huge_pages_problem);
+  add_problem(problems, memory.report().nodes_problem);
+}
+
+void KvMemory::add_to(MemoryUse& use) const {
+  use.add(caches_.memory());
+  use.add(scales_.memory());
 }
 
 KvMemory::KvMemory(const Backend& backend, KvCacheSpec spec, int num_layers, KvLayout layout,

@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 #include <cstdint>
+#include <string>
 #include <vector>
 
 #include "attend/backend/backend.h"
+#include "attend/cache/cache_memory.h"
 
 namespace attend::serving {
 
@@ -13,6 +15,16 @@ std::int64_t available_memory_bytes();
 
 /// Bytes of one layer's cache, its scales included.
 std::int64_t kv_layer_bytes(const Backend& backend, const KvCacheSpec& spec);
+
+/// Where caches lie.
+struct MemoryUse {
+  std::int64_t bytes = 0;
+  std::int64_t huge_page_bytes = 0;   ///< of them in huge pages
+  std::vector<NodeShare> nodes;       ///< as CacheMemoryReport::nodes, added up
+  std::vector<std::string> problems;  ///< why there is no more in huge pages or on their nodes
+
+  void add(const CacheMemory& memory);
+};
 
 /// KV caches of all layers and their scales, each a region of its own in one allocation. Starts as
 /// NaN, in caches of codes the scales, so that reading a slot that was never written shows.
@@ -28,6 +40,8 @@ class KvMemory {
   TensorView layer(int index) const { return caches_.layer(index); }
   /// Shape of Backend::kv_scale_shape(); undefined if the cache has no scales.
   TensorView scales(int index) const { return scales_.layer(index); }
+  /// Adds the caches and the scales to `use`.
+  void add_to(MemoryUse& use) const;
 
  private:
   /// One tensor a layer.
@@ -37,9 +51,10 @@ class KvMemory {
     LayerTensors(DType dtype, std::vector<std::int64_t> shape, std::vector<int> order,
                  int num_layers, Executor& executor);
     TensorView layer(int index) const;
+    const CacheMemory& memory() const { return memory_; }
 
    private:
-    Buffer buffer_;
+    CacheMemory memory_;
     DType dtype_ = DType::bf16;
     std::vector<std::int64_t> shape_;
     std::vector<int> order_;

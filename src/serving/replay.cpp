@@ -9,7 +9,6 @@
 #include <thread>
 
 #include "attend/backend/selector.h"
-#include "serving/kv_memory.h"
 #include "serving/kv_storage.h"
 #include "serving/layer_group.h"
 #include "serving/step.h"
@@ -265,6 +264,8 @@ ReplayResult Engine::run() {
   result_.counters = scheduler_->counters();
   if (pool_) result_.peak_used_blocks = pool_->peak_used();
   if (encoder_pool_) result_.peak_used_encoder_blocks = encoder_pool_->peak_used();
+  memory_.add_to(result_.memory);
+  encoder_memory_.add_to(result_.memory);
   result_.check = check_rows(sampled_, model_, generator_, storage_, executor_);
   return std::move(result_);
 }

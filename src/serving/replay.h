@@ -9,6 +9,7 @@
 
 #include "attend/backend/backend.h"
 #include "attend/cache/value_scales.h"
+#include "serving/kv_memory.h"
 #include "serving/model_presets.h"
 #include "serving/row_check.h"
 #include "serving/scheduler.h"
@@ -71,6 +72,7 @@ struct ReplayResult {
   std::int64_t num_encoder_blocks = 0;  ///< 0 without cross attention
   std::int64_t peak_used_encoder_blocks = 0;
   std::int64_t block_bytes = 0;  ///< of one block in one layer, its scales included
+  MemoryUse memory;              ///< of all caches and scales, after the run
   std::int64_t requests = 0;
   std::int64_t prompt_tokens = 0;
   std::int64_t cascade_steps = 0;  ///< in which layers attended once to what requests share

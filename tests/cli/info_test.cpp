@@ -6,6 +6,8 @@
 
 #include "attend/backend/selector.h"
 #include "attend/core/cpu.h"
+#include "attend/core/huge_pages.h"
+#include "attend/core/numa.h"
 #include "cli/run_cli.h"
 
 namespace attend::testing {
@@ -31,6 +33,9 @@ TEST(InfoCommand, JsonHasTheStableKeys) {
   EXPECT_EQ(j.at("isa").at("active"), to_string(active_isa()));
   EXPECT_GE(j.at("cpus"), 1);
   EXPECT_GE(j.at("threads"), 1);
+  EXPECT_EQ(j.at("numa").at("nodes").size(), numa_topology().nodes.size());
+  EXPECT_EQ(j.at("numa").at("problem"), numa_topology().problem);
+  EXPECT_EQ(j.at("huge_pages"), to_string(huge_page_mode()));
   EXPECT_EQ(j.at("backends"), backend_names());
 }
 
@@ -39,6 +44,10 @@ TEST(InfoCommand, TextNamesTheBackends) {
   EXPECT_EQ(r.exit_code, 0);
   EXPECT_THAT(r.out, HasSubstr("FLASH_ATTN"));
   EXPECT_THAT(r.out, HasSubstr("threads"));
+  EXPECT_THAT(r.out, HasSubstr("huge pages  "));
+  EXPECT_EQ(r.out.find("nodes unknown") != std::string::npos, numa_topology().nodes.empty());
+  for (const NumaNode& node : numa_topology().nodes)
+    EXPECT_THAT(r.out, HasSubstr("node " + std::to_string(node.id) + ": "));
 }
 
 TEST(InfoCommand, EnvironmentDecidesThreadsAndIsa) {

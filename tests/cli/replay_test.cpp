@@ -57,6 +57,10 @@ TEST(ReplayCommand, SaysWhatTheCacheHolds) {
   const auto plain = cache("");
   EXPECT_EQ(plain.at("dtype"), "bf16");
   EXPECT_EQ(plain.at("block_bytes"), 16 * 8 * 128 * 2 * 2);
+  EXPECT_EQ(plain.at("bytes"), plain.at("num_blocks").get<std::int64_t>() * 16 * 8 * 128 * 2 * 2);
+  EXPECT_LE(plain.at("huge_page_bytes"), plain.at("bytes"));
+  EXPECT_TRUE(plain.at("node_bytes").is_object());
+  EXPECT_TRUE(plain.at("memory_problems").is_array());
   EXPECT_EQ(cache("--kv-cache-dtype fp8").at("dtype"), "fp8_e4m3");
   if (scaled(1, 0) == 0) return;  // an encoder's layer takes minutes on an emulated CPU
   const auto encoder = cache("--model bert-base");

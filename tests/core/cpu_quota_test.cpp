@@ -5,9 +5,8 @@
 #include <sched.h>
 #include <unistd.h>
 
-#include <fstream>
-
 #include "attend/core/executor.h"
+#include "support/temp_folder.h"
 
 namespace attend {
 namespace {
@@ -17,19 +16,10 @@ namespace fs = std::filesystem;
 // A made-up root folder with /proc/self/cgroup and /sys/fs/cgroup.
 class CpuQuotaTest : public ::testing::Test {
  protected:
-  void SetUp() override {
-    std::string pattern = (fs::temp_directory_path() / "attend_quota_XXXXXX").string();
-    ASSERT_NE(mkdtemp(pattern.data()), nullptr);
-    root_ = pattern;
-  }
-  void TearDown() override { fs::remove_all(root_); }
-  void write(const std::string& path, const std::string& text) const {
-    const fs::path file = root_ / path;
-    fs::create_directories(file.parent_path());
-    std::ofstream(file) << text;
-  }
+  void write(const std::string& path, const std::string& text) const { folder_.write(path, text); }
 
-  fs::path root_;
+  const testing::TempFolder folder_;
+  const fs::path& root_ = folder_.path();
 };
 
 TEST_F(CpuQuotaTest, NoFilesNoLimit) { EXPECT_EQ(cgroup_cpu_limit(root_), std::nullopt); }

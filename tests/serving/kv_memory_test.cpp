@@ -9,6 +9,8 @@
 #include <vector>
 
 #include "attend/backend/selector.h"
+#include "attend/core/huge_pages.h"
+#include "core/affinity.h"
 
 namespace attend::serving {
 namespace {
@@ -58,6 +60,28 @@ TEST(KvMemory, OtherCachesHaveNoScales) {
   EXPECT_FALSE(plain.scales(0).defined());
   EXPECT_TRUE(plain.layer(1).defined());
   EXPECT_FALSE(KvMemory().layer(0).defined());
+}
+
+TEST(KvMemory, AddsUpWhatItUses) {
+  MemoryUse use;
+  memory_of(KvFormat::int8_level1).add_to(use);
+  KvMemory().add_to(use);
+  const std::int64_t layer =
+      kv_layer_bytes(find_backend("FLASH_ATTN"), spec_of(KvFormat::int8_level1));
+  EXPECT_EQ(use.bytes, 2 * layer);
+  EXPECT_EQ(use.huge_page_bytes, 0);
+  EXPECT_THAT(use.problems, ElementsAre(::testing::HasSubstr("smaller")));  // of both, once
+
+  const std::vector<int> cpus = thread_cpus();
+  if (cpus.size() < 2) return;
+  const NumaTopology two = {{{0, {cpus[0]}, 1}, {1, {cpus[1]}, 1}}, ""};
+  MemoryUse spread;
+  for (int i = 0; i < 2; ++i)
+    spread.add(CacheMemory(kHugePageBytes + 3, {.huge_pages = false, .topology = &two}));
+  ASSERT_EQ(spread.nodes.size(), 2U);
+  EXPECT_EQ(spread.nodes[0].bytes, 2 * kHugePageBytes);
+  EXPECT_EQ(spread.nodes[1].bytes, 6U);
+  EXPECT_TRUE(spread.problems.empty());
 }
 
 TEST(KvMemory, BytesOfALayerAreCodesValuesAndScales) {

@@ -10,6 +10,8 @@
 #include "attend/backend/selector.h"
 #include "attend/core/cpu.h"
 #include "attend/core/executor.h"
+#include "attend/core/huge_pages.h"
+#include "attend/core/numa.h"
 #include "cli.h"
 
 namespace attend::cli {
@@ -29,6 +31,45 @@ std::string size_text(std::int64_t bytes) {
   return fmt::format("{:.4g} KiB", static_cast<double>(bytes) / (1 << 10));
 }
 
+// "0-3,8": the way Linux writes lists of CPUs.
+std::string cpu_ranges(const std::vector<int>& cpus) {
+  std::string text;
+  for (std::size_t i = 0; i < cpus.size();) {
+    std::size_t last = i;
+    while (last + 1 < cpus.size() && cpus[last + 1] == cpus[last] + 1) ++last;
+    if (!text.empty()) text += ',';
+    text += fmt::to_string(cpus[i]);
+    if (last > i) text += fmt::format("-{}", cpus[last]);
+    i = last + 1;
+  }
+  return text;
+}
+
+std::string node_text(const NumaNode& node) {
+  const std::string cpus =
+      node.cpus.empty()
+          ? "no cpus"
+          : fmt::format("cpu{} {}", node.cpus.size() == 1 ? "" : "s", cpu_ranges(node.cpus));
+  return fmt::format("node {}: {}, {}", node.id, cpus,
+                     node.memory_bytes == 0
+                         ? "no memory"
+                         : fmt::format("{:.1f} GiB", static_cast<double>(node.memory_bytes) /
+                                                         (std::int64_t{1} << 30)));
+}
+
+std::string huge_page_text(HugePageMode mode) {
+  switch (mode) {
+    case HugePageMode::always:
+      return "always";
+    case HugePageMode::madvise:
+      return "madvise (caches and large buffers ask for them)";
+    case HugePageMode::never:
+      return "never (switched off: caches have ordinary pages)";
+    default:
+      return "unknown";
+  }
+}
+
 struct Info {
   CpuInfo cpu = cpu_info();
   std::vector<std::string> isa_levels;
@@ -36,6 +77,8 @@ struct Info {
   int cpus = available_cpus();
   int threads = default_executor().num_workers();
   std::string platform = to_string(Platform{});
+  NumaTopology numa = numa_topology();
+  HugePageMode huge_pages = huge_page_mode();
   std::vector<std::string> backend_names;
 
   Info() {
@@ -56,6 +99,11 @@ nlohmann::ordered_json as_json(const Info& info) {
   j["isa"] = {{"available", info.isa_levels}, {"active", info.active}};
   j["cpus"] = info.cpus;
   j["threads"] = info.threads;
+  auto nodes = nlohmann::ordered_json::array();
+  for (const NumaNode& node : info.numa.nodes)
+    nodes.push_back({{"node", node.id}, {"cpus", node.cpus}, {"memory_bytes", node.memory_bytes}});
+  j["numa"] = {{"nodes", nodes}, {"problem", info.numa.problem}};
+  j["huge_pages"] = to_string(info.huge_pages);
   j["backends"] = info.backend_names;
   return j;
 }
@@ -73,6 +121,14 @@ void print(const Info& info) {
   row("isa", fmt::format("{} (active: {})", fmt::join(info.isa_levels, ", "), info.active));
   row("cpus", fmt::to_string(info.cpus));
   row("threads", fmt::to_string(info.threads));
+  const char* label = "memory";
+  for (const NumaNode& node : info.numa.nodes) {
+    row(label, node_text(node));
+    label = "";
+  }
+  if (info.numa.nodes.empty())
+    row(label, fmt::format("nodes unknown ({}), used as one", info.numa.problem));
+  row("huge pages", huge_page_text(info.huge_pages));
   row("back ends", fmt::format("{}", fmt::join(info.backend_names, ", ")));
 }
 
@@ -84,7 +140,9 @@ void add_info(CLI::App& app) {
   command->footer(
       "cpus is what this process may use (affinity mask and cgroup quota), threads what the "
       "default\n"
-      "pool has. isa lists the instruction-set levels that this machine can run.\n\n"
+      "pool has. memory lists the nodes over which caches are spread, huge pages what the kernel "
+      "gives\n"
+      "them. isa lists the instruction-set levels that this machine can run.\n\n"
       "ATTEND_ISA=LEVEL forces a level (an unavailable one is an error), ATTEND_NUM_THREADS=N "
       "sets\n"
       "the size of the default pool.\n\n"
