@@ -18,8 +18,8 @@ AttentionProblem::AttentionProblem(AttentionShape shape, Executor& executor)
       kv_count_(batch_.num_rows * s_.heads.kv * s_.heads.dim),
       q_(static_cast<std::size_t>(q_count_) * size_of(s_.dtype)),
       out_(q_.size()),
-      k_(static_cast<std::size_t>(kv_count_) * size_of(s_.kv_dtype)),
-      v_(k_.size()) {
+      k_(static_cast<std::size_t>(kv_count_) * size_of(s_.kv_dtype), {.executor = &executor}),
+      v_(k_.size(), {.executor = &executor}) {
   fill();
   if (s_.layout == Layout::nhd) {
     kvcache_ = kvcache_args();
@@ -31,7 +31,7 @@ AttentionProblem::AttentionProblem(AttentionShape shape, Executor& executor)
 void AttentionProblem::fill() {
   const int workers = executor_.num_workers();
   executor_.run([&](int worker) {
-    const auto fill_part = [&](const Buffer& b, DType dtype, std::int64_t count, unsigned seed) {
+    const auto fill_part = [&](const auto& b, DType dtype, std::int64_t count, unsigned seed) {
       fill_random(b.data(), dtype, {count * worker / workers, count * (worker + 1) / workers},
                   seed);
     };
@@ -42,11 +42,11 @@ void AttentionProblem::fill() {
 }
 
 /// The cache as [num_blocks, block_size, Hkv, D].
-TensorView AttentionProblem::blocks(const Buffer& buffer) const {
+TensorView AttentionProblem::blocks(const CacheMemory& cache) const {
   const std::int64_t count = batch_.num_rows / s_.block_size;
   if (s_.layout == Layout::nhd)
-    return {buffer.data(), s_.kv_dtype, {count, s_.block_size, s_.heads.kv, s_.heads.dim}};
-  return TensorView{buffer.data(), s_.kv_dtype, {count, s_.heads.kv, s_.block_size, s_.heads.dim}}
+    return {cache.data(), s_.kv_dtype, {count, s_.block_size, s_.heads.kv, s_.heads.dim}};
+  return TensorView{cache.data(), s_.kv_dtype, {count, s_.heads.kv, s_.block_size, s_.heads.dim}}
       .permute({0, 2, 1, 3});
 }
 
@@ -155,11 +155,12 @@ std::string AttentionProblem::verify() const {
   return "";
 }
 
-float AttentionProblem::kv_value(const Buffer& buffer, int kv_head, std::int64_t row, int d) const {
+float AttentionProblem::kv_value(const CacheMemory& cache, int kv_head, std::int64_t row,
+                                 int d) const {
   std::int64_t at = row * s_.heads.kv + kv_head;
   if (s_.layout == Layout::hnd)
     at = (row / s_.block_size * s_.heads.kv + kv_head) * s_.block_size + row % s_.block_size;
-  return value_at(buffer.data(), s_.kv_dtype, at * s_.heads.dim + d);
+  return value_at(cache.data(), s_.kv_dtype, at * s_.heads.dim + d);
 }
 
 std::string AttentionProblem::verify_row(const Row& row) const {

@@ -4,6 +4,7 @@
 #include <string>
 #include <vector>
 
+#include "attend/cache/cache_memory.h"
 #include "attend/core/workspace.h"
 #include "attend/ops/attention.h"
 #include "bench/batch.h"
@@ -56,17 +57,18 @@ class AttentionProblem : public Problem {
   void fill();
   Call make_call(int begin, int end) const;
   FlashAttnWithKvCacheArgs kvcache_args() const;
-  TensorView blocks(const Buffer& buffer) const;
+  TensorView blocks(const CacheMemory& cache) const;
   double flops_of(int begin, int end) const;
   double bytes_of(int begin, int end) const;
   std::string verify_row(const Row& row) const;
-  float kv_value(const Buffer& buffer, int kv_head, std::int64_t row, int d) const;
+  float kv_value(const CacheMemory& cache, int kv_head, std::int64_t row, int d) const;
 
   AttentionShape s_;
   Batch batch_;
   Executor& executor_;
   std::int64_t q_count_, kv_count_;  ///< elements
-  Buffer q_, out_, k_, v_;
+  Buffer q_, out_;
+  CacheMemory k_, v_;
   Call whole_;
   FlashAttnWithKvCacheArgs kvcache_;  ///< nhd only
 };

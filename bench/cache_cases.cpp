@@ -3,6 +3,7 @@
 #include <numeric>
 #include <vector>
 
+#include "attend/cache/cache_memory.h"
 #include "attend/core/workspace.h"
 #include "attend/ops/cache.h"
 #include "bench/harness.h"
@@ -22,8 +23,8 @@ class CacheWrite : public Problem {
       : executor_(executor),
         key_(kTokens * kRow * 2),
         value_(kTokens * kRow * 2),
-        key_cache_(kTokens * kRow * 2),
-        value_cache_(kTokens * kRow * 2) {
+        key_cache_(kTokens * kRow * 2, {.executor = &executor}),
+        value_cache_(kTokens * kRow * 2, {.executor = &executor}) {
     fill_random(key_.data(), DType::bf16, {0, kTokens * kRow}, 1);
     fill_random(value_.data(), DType::bf16, {0, kTokens * kRow}, 2);
     std::vector<std::int64_t> blocks(kBlocks);
@@ -54,11 +55,11 @@ class CacheWrite : public Problem {
   }
 
  private:
-  static TensorView cache(const Buffer& b) {
+  static TensorView cache(const CacheMemory& b) {
     return TensorView{b.data(), DType::bf16, {kBlocks, kHeads, kBlockSize, kDim}}.permute(
         {0, 2, 1, 3});
   }
-  bool same(const Buffer& from, const Buffer& to, std::int64_t t, std::int64_t h) const {
+  bool same(const Buffer& from, const CacheMemory& to, std::int64_t t, std::int64_t h) const {
     const std::int64_t slot = slots_[static_cast<std::size_t>(t)];
     const auto* a = static_cast<const bf16*>(from.data()) + t * kRow + h * kDim;
     const auto* b = static_cast<const bf16*>(to.data()) +
@@ -67,7 +68,8 @@ class CacheWrite : public Problem {
   }
 
   Executor& executor_;
-  Buffer key_, value_, key_cache_, value_cache_;
+  Buffer key_, value_;
+  CacheMemory key_cache_, value_cache_;
   std::vector<std::int64_t> slots_;
   ReshapeAndCacheFlashArgs args_;
 };

@@ -27,7 +27,7 @@ std::vector<float> scales(std::int64_t count, std::uint64_t seed) {
   return to;
 }
 
-double code_at(const Buffer& b, std::int64_t i) {
+double code_at(const auto& b, std::int64_t i) {
   return static_cast<double>(static_cast<const std::int8_t*>(b.data())[i]);
 }
 
@@ -41,8 +41,8 @@ Int8Problem::Int8Problem(Int8Shape shape, Executor& executor)
       kv_count_(batch_.num_rows * s_.heads.kv * s_.heads.dim),
       q_(static_cast<std::size_t>(q_count_)),
       out_(q_.size() * size_of(DType::bf16)),
-      k_(static_cast<std::size_t>(kv_count_)),
-      v_(k_.size() * size_of(s_.v_dtype)),
+      k_(static_cast<std::size_t>(kv_count_), {.executor = &executor}),
+      v_(k_.size() * size_of(s_.v_dtype), {.executor = &executor}),
       q_scale_(scales(q_count_ / s_.heads.dim, 4)),
       k_scale_(scales(kv_count_ / s_.heads.dim, 5)) {
   if (s_.v_dtype == DType::i8) v_scale_ = scales(std::int64_t{s_.heads.kv} * s_.heads.dim, 6);

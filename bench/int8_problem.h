@@ -4,6 +4,7 @@
 #include <string>
 #include <vector>
 
+#include "attend/cache/cache_memory.h"
 #include "attend/core/workspace.h"
 #include "attend/ops/int8_attention.h"
 #include "bench/batch.h"
@@ -43,7 +44,8 @@ class Int8Problem : public Problem {
   Batch batch_;
   Executor& executor_;
   std::int64_t q_count_, kv_count_;  ///< elements
-  Buffer q_, out_, k_, v_, workspace_;
+  Buffer q_, out_, workspace_;
+  CacheMemory k_, v_;
   std::vector<float> q_scale_, k_scale_, v_scale_;
   FlashAttnVarlenInt8Args args_;
   AttentionPlan plan_;
