@@ -85,8 +85,7 @@ class BoundRun:
 def prepare(p, data, threads):
     import onnxruntime
     if p.kv == "i8":
-        ways = {f"queries {d}, scales {s}": (d, s) for d in ("f32", "f16")
-                for s in ("PER_TENSOR", "PER_CHANNEL")}
+        ways = {f"queries {d}, scales {s}": (d, s) for d, s in (("f32", "PER_TENSOR"), ("f16", "PER_CHANNEL"))}
     else:
         ways = {f"{p.dtype}": (p.dtype, "")}
     chosen, run = fastest({name: BoundRun(p, data, threads, *way) for name, way in ways.items()})
