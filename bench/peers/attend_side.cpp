@@ -96,8 +96,8 @@ AttendSide::AttendSide(PeerProblem problem, Executor& executor)
     fill_float_cache(k_rows, v_rows);
   } else {
     bind(k_rows, v_rows);
-    k_ = std::move(k);
-    v_ = std::move(v);
+    k_rows_ = std::move(k);
+    v_rows_ = std::move(v);
   }
   make_plan();
 }
@@ -123,9 +123,9 @@ std::vector<std::int64_t> AttendSide::slots() const {
 void AttendSide::fill_float_cache(const ConstTensorView& k, const ConstTensorView& v) {
   const std::int64_t d = p_.head_dim, blocks = keys() / p_.block_size;
   const auto bytes = static_cast<std::size_t>(k.numel()) * size_of(p_.kv_dtype);
-  k_ = Buffer(bytes);
-  v_ = Buffer(bytes);
-  const auto hnd = [&](const Buffer& b) {
+  k_ = CacheMemory(bytes, {.executor = &executor_});
+  v_ = CacheMemory(bytes, {.executor = &executor_});
+  const auto hnd = [&](const CacheMemory& b) {
     return TensorView(b.data(), p_.kv_dtype, {blocks, p_.num_kv_heads, p_.block_size, d})
         .permute({0, 2, 1, 3});
   };
@@ -167,8 +167,8 @@ void AttendSide::fill_int8_cache(const ConstTensorView& k, const ConstTensorView
       {.input = v, .output = v_rows, .mode = Int8QuantMode::per_channel, .scale = v_scales},
       &executor_);
 
-  k_ = Buffer(count);
-  v_ = Buffer(count);
+  k_ = CacheMemory(count, {.executor = &executor_});
+  v_ = CacheMemory(count, {.executor = &executor_});
   k_scale_ = floats(keys() * heads);
   const TensorView k_cache(k_.data(), DType::i8, {blocks, heads, p_.block_size, d});
   const TensorView v_cache(v_.data(), DType::i8, {blocks, heads, p_.block_size, d});

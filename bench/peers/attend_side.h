@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "attend/cache/cache_memory.h"
 #include "attend/core/executor.h"
 #include "attend/core/workspace.h"
 #include "attend/ops/attention.h"
@@ -51,7 +52,9 @@ class AttendSide {
 
   PeerProblem p_;
   Executor& executor_;
-  Buffer q_, k_, v_, out_, workspace_;
+  Buffer q_, out_, workspace_;
+  Buffer k_rows_, v_rows_;  // ragged keys and values
+  CacheMemory k_, v_;
   Buffer q_codes_, q_scale_, k_scale_, v_scale_;  // i8 caches only
   std::vector<std::int32_t> query_start_, seq_lens_, table_;
   FlashAttnVarlenArgs args_;

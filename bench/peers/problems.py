@@ -19,6 +19,7 @@ class Problem:
     num_kv_heads: int = 8
     head_dim: int = 128
     only_threads: int = 0   # 0 = any number
+    quick: bool = True      # one of those that scripts/peers --quick runs
 
     @property
     def kv(self):
@@ -53,17 +54,20 @@ class Problem:
 def _all():
     for dtype, kv in (("bf16", ""), ("f16", ""), ("f32", ""), ("bf16", "i8")):
         name = "int8l1" if kv else dtype
-        yield Problem(f"prefill_{name}_gqa4_d128_4k", 1, 4096, 4096, dtype, kv, 32 if kv else 0)
+        yield Problem(f"prefill_{name}_gqa4_d128_4k", 1, 4096, 4096, dtype, kv, 32 if kv else 0,
+                      quick=dtype == "bf16")
     for dtype, kv in (("bf16", ""), ("f16", ""), ("f32", ""), ("bf16", "i8"), ("bf16", "fp8_e4m3"),
                       ("bf16", "fp8_e5m2")):
         name = {"i8": "int8l1"}.get(kv, kv or dtype)
-        yield Problem(f"decode_{name}_gqa4_8x32k", 8, 1, 32768, dtype, kv, 32)
+        yield Problem(f"decode_{name}_gqa4_8x32k", 8, 1, 32768, dtype, kv, 32,
+                      quick=dtype == "bf16" and kv != "fp8_e5m2")
     for dtype, kv in (("bf16", ""), ("f16", ""), ("bf16", "i8")):
-        yield Problem(f"decode_{'int8l1' if kv else dtype}_64x512", 64, 1, 512, dtype, kv, 32)
-    yield Problem("short_batch_64x128", 64, 128, 128)
-    yield Problem("short_batch_f32_64x128", 64, 128, 128, "f32")
+        yield Problem(f"decode_{'int8l1' if kv else dtype}_64x512", 64, 1, 512, dtype, kv, 32,
+                      quick=dtype == "bf16")
+    for name, dtype in (("short_batch_64x128", "bf16"), ("short_batch_f32_64x128", "f32")):
+        yield Problem(name, 64, 128, 128, dtype, quick=dtype == "bf16")
     for name, dtype in (("single_token_128", "bf16"), ("single_token_f32_128", "f32")):
-        yield Problem(name, 1, 1, 128, dtype, "", 32, only_threads=1)
+        yield Problem(name, 1, 1, 128, dtype, "", 32, only_threads=1, quick=dtype == "bf16")
 
 
 PROBLEMS = list(_all())
