@@ -45,7 +45,7 @@ def parse(arguments):
     o.complete = not o.only and o.case == "*" and not o.threads
     o.only = o.only or ADAPTERS
     o.threads = o.threads or ([2] if o.quick else [2, 1])
-    o.rounds, o.seconds = (5, 0.05) if o.quick else (7, 0.2)
+    o.rounds, o.seconds, o.budget = (5, 0.05, 4) if o.quick else (7, 0.2, 20)  # rounds, s a run, s a peer
     o.problems = [p for p in PROBLEMS if fnmatch.fnmatch(p.name, o.case) and (p.quick or not o.quick or o.case != "*")]
     if not o.problems:
         parser.error(f"no problem matches '{o.case}' (--list shows them)")

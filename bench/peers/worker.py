@@ -40,9 +40,7 @@ def prepare(adapter, description, threads):
     reason = adapter.unsupported(problem)
     if reason:
         raise Unsupported(reason)
-    side = adapter.prepare(problem, Data(problem, pathlib.Path(description).parent), threads)
-    side.run()
-    return side
+    return adapter.prepare(problem, Data(problem, pathlib.Path(description).parent), threads)
 
 
 def serve(answer, side):
