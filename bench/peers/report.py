@@ -48,7 +48,7 @@ def _details(results, threads):
     rows = []
     for r in results:
         for p in _timed(r) if r["threads"] == threads else []:
-            few = f" ({p['rounds']} rounds)" if p["rounds"] < 5 else ""
+            few = " (one round)" if p["rounds"] == 1 else ""
             rows.append([f"`{r['problem']}`", p["label"], _time(p["ms"]), _time(p["our_ms"]),
                          f"{p['ms'] / p['our_ms']:.2f}{noise(p)}{few}", f"{p['error']:.1e}",
                          f"{r['our_error']:.1e}"])

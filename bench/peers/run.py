@@ -12,6 +12,8 @@ from data import Data
 from problems import ERROR_LIMIT
 from sides import SideFailed, SideProcess
 
+SLOWER_BEYOND_DOUBT = 8  # times
+
 
 def say(text):
     print(text, file=sys.stderr, flush=True)
@@ -35,22 +37,23 @@ def start_peer(name, data, threads, timeout):
                        environment, log, timeout)
 
 
-def checked_error(side, data, reference):
-    """Relative error after one run; what is wrong is not timed."""
+def checked_run(side, data, reference):
+    """(milliseconds, relative error) of one run; what is wrong is not timed further."""
     output = BUILD / "output.f32"
-    side.milliseconds(0)
+    ms = side.milliseconds(0)
     side.ask(f"dump {output}")
     error = data.error(output, reference)
     if not error <= ERROR_LIMIT[data.problem.kv]:
         raise SideFailed(f"wrong result: relative error {error:.2g}")
-    return error
+    return ms, error
 
 
-def compare(peer, ours, options):
-    """Medians of alternating runs, and the share of time that other programs took. A side that is slow
-    beyond doubt gets fewer rounds."""
+def compare(peer, first_ms, ours, options):
+    """Medians of alternating runs, and the share of time that other programs took. A peer that is slower
+    beyond doubt gets one round."""
     times, our_times, lost = [], [], []
-    while len(times) < options.rounds and sum(times) < 1e3 * options.budget:
+    rounds = options.rounds if first_ms < SLOWER_BEYOND_DOUBT * ours.milliseconds(0) else 1
+    while len(times) < rounds:
         lost.append(float(ours.ask("spin 0.05")))
         times.append(peer.milliseconds(options.seconds))
         our_times.append(ours.milliseconds(options.seconds))
@@ -69,8 +72,9 @@ def run_pair(name, data, reference, ours, options):
         if failed.exists():
             raise SideFailed(failed.read_text().strip())
         with start_peer(name, data, ours["threads"], options.timeout) as peer:
-            result |= {"version": peer.version, "error": checked_error(peer, data, reference)}
-            result |= compare(peer, ours["side"], options)
+            first_ms, error = checked_run(peer, data, reference)
+            result |= {"version": peer.version, "error": error}
+            result |= compare(peer, first_ms, ours["side"], options)
     except SideFailed as e:
         say(f"    {adapter.LABEL}: {e}")
         return result | {"failed": str(e)}
@@ -88,7 +92,7 @@ def run_problem(problem, threads, options):
               "bytes": problem.bytes, "decode": problem.is_decode, "peers": []}
     try:
         with start_attend(data, threads, options.timeout) as side:
-            error = checked_error(side, data, reference)
+            _, error = checked_run(side, data, reference)
             ours = {"side": side, "threads": threads, "error": error}
             result |= {"version": side.version, "our_error": error,
                        "ceilings": side.ask("ceilings").split()}

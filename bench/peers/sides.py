@@ -58,8 +58,10 @@ class SideProcess:
 
     def ask(self, command):
         os.killpg(self.process.pid, signal.SIGCONT)
-        self.process.stdin.write(command + "\n")
-        self.process.stdin.flush()
+        try:
+            self.process.stdin.write(command + "\n")
+        except BrokenPipeError:
+            raise SideFailed("has ended") from None
         rest = self._answer()
         self.pause()
         return rest
