@@ -91,7 +91,7 @@ struct AmxUnitRunner : UnitRunner<bf16, K, V> {
   /// Lines of the next piece fetched beside a step of each phase: bursts would wait for line
   /// buffers, phases without fetches would leave memory idle. Shares of the time, for heads of 128
   /// dimensions.
-  static constexpr int kLinesPerProduct = (9 * sizeof(K) + 1) / 2,
+  static constexpr int kLinesPerProduct = kStaged ? 1 : 9, kLinesPerCopy = 1,
                        kLinesPerRow = 48 * sizeof(K) / 2, kLinesPerWeave = 3 * sizeof(V) / 2,
                        kLinesPerSum = 8 * sizeof(V) / 2;
   void fetch_beside_row() { next.template lines<kLinesPerRow>(); }
@@ -194,31 +194,31 @@ struct AmxUnitRunner : UnitRunner<bf16, K, V> {
     }
   }
 
-  /// Keys whose logits few rows compute together: a product waits for the last one of its own tile.
-  static constexpr int kGroupKeys = 4 * kTileKeys;
+  /// 64 keys at a time, as a product waits for the last one of its own tile.
   void few_rows_logits(KeyRange range) {
     shape_tiles(kTileDim);
-    int half = 0;
-    int j = range.lo / kTileKeys * kTileKeys;
-    if (copies_keys()) copy_group(j, 0, kGroupKeys, half);
-    for (; j < range.hi; j += kGroupKeys, half ^= 1) {
-      if (j + kGroupKeys <= kPieceSize) {
-        few_rows_times_keys<4>(j, half, j + kGroupKeys < range.hi);
+    alignas(64) float products[4 * kTileFloats];
+    KeyRange done{0, 0};  // keys whose products wait to be transposed
+    for (int j = range.lo / kTileKeys * kTileKeys; j < range.hi; j = done.hi) {
+      const KeyRange group{j, j + 4 * kTileKeys <= kPieceSize ? j + 4 * kTileKeys : j + kTileKeys};
+      if (group.hi - group.lo > kTileKeys) {
+        few_rows_times_keys<4>(group, done, products);
       } else {
-        for (int tile = j; tile < range.hi; tile += kTileKeys)
-          few_rows_times_keys<1>(tile, half, false, tile - j);
+        few_rows_times_keys<1>(group, done, products);
       }
+      done = group;
     }
+    transpose_products(done, products);
   }
-  bf16* copied_key(int half, int i) const {
-    return staged_k + (std::int64_t{half} * kGroupKeys + i) * padded_dim();
-  }
-  /// Copies keys [begin, end) of the group that starts at key `first`, counted from it. Keys that
-  /// no row sees have the address of one that a row sees.
-  ATTEND_INLINE void copy_group(int first, int begin, int end, int half) const {
+  /// Copies keys [j, j + count). Keys that no row sees have the address of one that a row sees.
+  ATTEND_NOINLINE void copy_tiles(int j, int count, bf16* to) {
     const Decoder<K> decoder{};
-    for (int i = begin; i < end && first + i < kPieceSize; ++i)
-      copy_key(decoder, first + i, copied_key(half, i));
+    PrefetchRows<K, V> fetch = next;  // stores do not change it
+    for (int i = 0; i < count; ++i) {
+      copy_key(decoder, j + i, to + std::int64_t{i} * padded_dim());
+      fetch.template lines<kLinesPerCopy>();
+    }
+    next = fetch;
   }
 
   /// 16 keys as the left operand, rows of whole steps of dimensions.
@@ -226,27 +226,34 @@ struct AmxUnitRunner : UnitRunner<bf16, K, V> {
     const bf16* at;
     std::int64_t stride;  // bytes
   };
-  ATTEND_INLINE KeyTile key_tile(int j, int half, int in_group) const {
-    bf16* copy = copied_key(half, in_group);
+  /// Where they lie, or copies.
+  template <int kTiles>
+  ATTEND_INLINE void point_tiles(KeyRange group, KeyTile* tiles) {
     const std::int64_t row_bytes = std::int64_t{2} * padded_dim();
-    if (copies_keys()) return {copy, row_bytes};
-    if constexpr (!kStaged) {
-      const bool adjoin = p.block_table == nullptr || p.block_size % kTileKeys == 0;
-      if (adjoin && j >= unit_keys.lo && j + kTileKeys <= unit_keys.hi)
-        return {stored_k_rows[j], p.k_strides.token * std::int64_t{2}};
+    const bool adjoin = p.block_table == nullptr || p.block_size % kTileKeys == 0;
+    if (copies_keys()) copy_tiles(group.lo, kTiles * kTileKeys, staged_k);
+    for (int i = 0; i < kTiles; ++i) {
+      const int j = group.lo + i * kTileKeys;
+      bf16* copy = staged_k + std::int64_t{i} * kTileKeys * padded_dim();
+      tiles[i] = {copy, row_bytes};
+      if (copies_keys()) continue;
+      if constexpr (!kStaged) {
+        if (adjoin && j >= unit_keys.lo && j + kTileKeys <= unit_keys.hi) {
+          tiles[i] = {stored_k_rows[j], p.k_strides.token * std::int64_t{2}};
+        } else {
+          copy_tiles(j, kTileKeys, copy);
+        }
+      }
     }
-    copy_group(j - in_group, in_group, in_group + kTileKeys, half);
-    return {copy, row_bytes};
   }
 
-  /// Logits of all rows and kTiles * 16 keys from j on, before the factor. Copies the next group's
-  /// keys meanwhile: the tile unit works beside the vector units.
+  /// Products of all rows and the keys of `group`, kTiles * 16. Transposes those of the keys
+  /// before, `done`, once what it waits for is there: after the copying.
   template <int kTiles>
-  ATTEND_NOINLINE void few_rows_times_keys(int j, int half, bool copy_next, int in_group = 0) {
-    alignas(64) float products[kTiles][kTileFloats];
+  ATTEND_NOINLINE void few_rows_times_keys(KeyRange group, KeyRange done, float* products) {
     KeyTile keys[kTiles];
-    for (int i = 0; i < kTiles; ++i)
-      keys[i] = key_tile(j + i * kTileKeys, half, in_group + i * kTileKeys);
+    point_tiles<kTiles>(group, keys);
+    transpose_products(done, products);
     const bf16* queries = parts();
     clear_tile<0>();
     if constexpr (kTiles == 4) {
@@ -270,24 +277,20 @@ struct AmxUnitRunner : UnitRunner<bf16, K, V> {
         }
         if (part > 0) continue;
         for (int i = 0; i < kTiles; ++i) next.template lines<kLinesPerProduct>();
-        if (copies_keys() && copy_next) {
-          // Done a step early: tiles wait for stores that have not left the core.
-          const int last = steps() > 1 ? steps() - 1 : 1;
-          if (k < last)
-            copy_group(j + kGroupKeys, kGroupKeys * k / last, kGroupKeys * (k + 1) / last,
-                       half ^ 1);
-        }
       }
     }
-    store_tile<0>(products[0], kTileRowBytes);
+    store_tile<0>(products, kTileRowBytes);
     if constexpr (kTiles == 4) {
-      store_tile<1>(products[1], kTileRowBytes);
-      store_tile<2>(products[2], kTileRowBytes);
-      store_tile<3>(products[3], kTileRowBytes);
+      store_tile<1>(products + kTileFloats, kTileRowBytes);
+      store_tile<2>(products + 2 * kTileFloats, kTileRowBytes);
+      store_tile<3>(products + 3 * kTileFloats, kTileRowBytes);
     }
-    for (int i = 0; i < kTiles; ++i) {
-      transpose<0>(products[i], j + i * kTileKeys);
-      if (rows > 8) transpose<8>(products[i], j + i * kTileKeys);
+  }
+  /// The logits of `keys` to the rows of s.
+  ATTEND_INLINE void transpose_products(KeyRange keys, const float* products) const {
+    for (int j = keys.lo; j < keys.hi; j += kTileKeys, products += kTileFloats) {
+      transpose<0>(products, j);
+      if (rows > 8) transpose<8>(products, j);
     }
   }
   template <int kFirst>
@@ -385,11 +388,9 @@ struct AmxUnitRunner : UnitRunner<bf16, K, V> {
     return this->v_panels + (std::int64_t{step} * column_pairs() + pair) * (2 * kTileFloats);
   }
 
-  /// Columns [32 pair, 32 pair + 32) of value row j; kWhole: there are as many.
+  /// Up to 32 columns of a value row, of which `left` are left; kWhole: 32 or more.
   template <bool kWhole>
-  ATTEND_INLINE __m512i value_columns(int pair, int j) const {
-    const V* from = stored_v_rows[j] + pair * kColumnPair;
-    const int left = kWhole ? kColumnPair : p.head_dim_v - pair * kColumnPair;
+  ATTEND_INLINE static __m512i value_columns(const V* from, int left) {
     const __mmask32 there = left >= kColumnPair ? ~0U : (1U << left) - 1U;
     if constexpr (!kStaged) {
       return kWhole ? _mm512_loadu_si512(from) : _mm512_maskz_loadu_epi16(there, from);
@@ -409,32 +410,40 @@ struct AmxUnitRunner : UnitRunner<bf16, K, V> {
   ATTEND_INLINE void pack_two(int j, KeyRange range, int pair, float* to) const {
     const bool first = j >= range.lo && j < range.hi;
     const bool second = j + 1 >= range.lo && j + 1 < range.hi;
-    const bool whole = first && second && (pair + kPairs) * kColumnPair <= p.head_dim_v;
+    const int at = pair * kColumnPair, left = p.head_dim_v - at;
+    if (first && second && left >= kPairs * kColumnPair) {
+      pack_whole<kPairs>(stored_v_rows[j] + at, stored_v_rows[j + 1] + at, to);
+      return;
+    }
     if constexpr (CodeTable<V>::kExists && kPairs == 2) {
-      if (whole) {
-        weave_codes(stored_v_rows[j] + pair * kColumnPair,
-                    stored_v_rows[j + 1] + pair * kColumnPair, to);
-        return;
-      }
+      const __mmask64 there = left >= 64 ? ~0ULL : (1ULL << left) - 1ULL;
+      weave_codes(_mm512_maskz_loadu_epi8(first ? there : 0, stored_v_rows[j] + at),
+                  _mm512_maskz_loadu_epi8(second ? there : 0, stored_v_rows[j + 1] + at), to);
+      return;
     }
     for (int i = 0; i < kPairs; ++i) {
       __m512i a = _mm512_setzero_si512(), b = a;
-      if (whole) {
-        a = value_columns<true>(pair + i, j);
-        b = value_columns<true>(pair + i, j + 1);
-      } else {
-        if (first) a = value_columns<false>(pair + i, j);
-        if (second) b = value_columns<false>(pair + i, j + 1);
-      }
+      const int columns = left - i * kColumnPair;
+      if (first) a = value_columns<false>(stored_v_rows[j] + at + i * kColumnPair, columns);
+      if (second) b = value_columns<false>(stored_v_rows[j + 1] + at + i * kColumnPair, columns);
       weave(a, b, to + i * 2 * kTileFloats);
     }
   }
-  /// Codes are woven before they are looked up: 64 columns.
-  ATTEND_INLINE static void weave_codes(const V* first, const V* second, float* to) {
+  /// The same for two rows that are there, with every column.
+  template <int kPairs>
+  ATTEND_INLINE static void pack_whole(const V* a, const V* b, float* to) {
+    if constexpr (CodeTable<V>::kExists && kPairs == 2) {
+      weave_codes(_mm512_loadu_si512(a), _mm512_loadu_si512(b), to);
+    } else {
+      for (int i = 0; i < kPairs; ++i)
+        weave(value_columns<true>(a + i * kColumnPair, kColumnPair),
+              value_columns<true>(b + i * kColumnPair, kColumnPair), to + i * 2 * kTileFloats);
+    }
+  }
+  /// Codes of 64 columns are woven before they are looked up. Each 128-bit lane holds 16 columns,
+  /// so a tile has 4 of each: mixes_columns().
+  ATTEND_INLINE static void weave_codes(__m512i a, __m512i b, float* to) {
     const CodeTable<V> table;
-    const __m512i deal = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
-    const __m512i a = _mm512_permutexvar_epi64(deal, _mm512_loadu_si512(first));
-    const __m512i b = _mm512_permutexvar_epi64(deal, _mm512_loadu_si512(second));
     store_numbers(table, _mm512_unpacklo_epi8(a, b), to);
     store_numbers(table, _mm512_unpackhi_epi8(a, b), to + 2 * kTileFloats);
   }
@@ -479,13 +488,13 @@ struct AmxUnitRunner : UnitRunner<bf16, K, V> {
     if (range.lo >= range.hi) return;
     if (fetches()) {
       shape_tiles(rows);
-      if (this->same_masks(begin, end)) {
+      if (this->same_masks(begin, end, base)) {
         add_few_rows(begin, end, s, range);
         return;
       }
     }
     if (!values_packed) pack_values(unit_range);
-    if (this->same_masks(begin, end) || packed_values_finite(unit_range)) {
+    if (this->same_masks(begin, end, base) || packed_values_finite(unit_range)) {
       if (end - begin > kTileDim) {
         add_rows<2>(begin, end, s, range);
       } else {
@@ -512,18 +521,40 @@ struct AmxUnitRunner : UnitRunner<bf16, K, V> {
 
   /// A group of steps whose values are packed while those before are multiplied.
   struct Packing {
-    int at, end;  // keys
+    int at, end;  // keys, whole steps
     float* to;    // of the group's first key
+    bool whole;   // every key and column is there
   };
   template <int kPairs>
-  ATTEND_INLINE void pack_some(Packing& job, int count, KeyRange range, int pair) {
-    for (int i = 0; i < count && job.at < job.end; ++i, job.at += 2) {
-      const int in_group = job.at % (kGroupSteps * kStepDims);
-      pack_two<kPairs>(job.at, range, pair,
-                       job.to + in_group / kStepDims * kPairs * 2 * kTileFloats +
-                           in_group % kStepDims / 2 * kTileDim);
-      next.template lines<kLinesPerWeave>();
+  ATTEND_INLINE Packing packing(int at, int end, float* to, KeyRange range, int pair) const {
+    return {at, end, to,
+            at >= range.lo && end <= range.hi && (pair + kPairs) * kColumnPair <= p.head_dim_v};
+  }
+  /// Pairs of keys that are packed at a time: what a step has between two products, each.
+  template <int kPairs>
+  static constexpr int kPerStop = kStepDims / 2 / (2 * kPairs);
+  template <int kPairs, typename Fetch>
+  ATTEND_INLINE void pack_some(Packing& job, KeyRange range, int pair, Fetch& fetch) const {
+    if (job.at >= job.end) return;
+    const unsigned in_group = static_cast<unsigned>(job.at) % (kGroupSteps * kStepDims);
+    float* to = job.to + in_group / kStepDims * kPairs * 2 * kTileFloats +
+                in_group % kStepDims / 2 * kTileDim;
+    const V* const* from = stored_v_rows + job.at;
+    if (job.whole) {
+      for (int i = 0; i < kPerStop<kPairs>; ++i, from += 2, to += kTileDim) {
+        pack_whole<kPairs>(from[0] + pair * kColumnPair, from[1] + pair * kColumnPair, to);
+        fetch.template lines<kLinesPerWeave>();
+      }
+    } else {
+      for (int i = 0; i < kPerStop<kPairs>; ++i, to += kTileDim)
+        pack_two<kPairs>(job.at + 2 * i, range, pair, to);
+      fetch.template lines<kPerStop<kPairs> * kLinesPerWeave>();
     }
+    job.at += 2 * kPerStop<kPairs>;
+  }
+  template <int kPairs, typename Fetch>
+  ATTEND_INLINE void pack_rest(Packing& job, KeyRange range, int pair, Fetch& fetch) const {
+    while (job.at < job.end) pack_some<kPairs>(job, range, pair, fetch);
   }
   static constexpr int kGroupSteps = 2;
 
@@ -533,7 +564,6 @@ struct AmxUnitRunner : UnitRunner<bf16, K, V> {
                                  int pair) {
     constexpr std::int64_t kStride = kScoreStride * sizeof(float);
     constexpr int kStepFloats = kPairs * 2 * kTileFloats;
-    constexpr int kPerStop = kStepDims / 2 / (2 * kPairs);  // pairs of keys to pack at a time
     constexpr int kGroup = kGroupSteps * kStepDims;
     clear_tile<0>();
     clear_tile<1>();
@@ -545,12 +575,13 @@ struct AmxUnitRunner : UnitRunner<bf16, K, V> {
     float* slot = this->v_panels;
     float* other = slot + kGroupSteps * kStepFloats;
     const int first = range.lo / kGroup * kGroup;
-    Packing job{range.lo / kStepDims * kStepDims, first + kGroup < last ? first + kGroup : last,
-                slot};
-    pack_some<kPairs>(job, kPieceSize, range, pair);
+    Packing job = packing<kPairs>(range.lo / kStepDims * kStepDims,
+                                  first + kGroup < last ? first + kGroup : last, slot, range, pair);
+    PrefetchRows<K, V> fetch = next;  // stores do not change it
+    pack_rest<kPairs>(job, range, pair, fetch);
     for (int group = first; group < last; group += kGroup, exchange(slot, other)) {
       const int stop = group + kGroup < last ? group + kGroup : last;
-      job = {stop, stop + kGroup < last ? stop + kGroup : last, other};
+      job = packing<kPairs>(stop, stop + kGroup < last ? stop + kGroup : last, other, range, pair);
       const int from = range.lo / kStepDims * kStepDims;
       for (int j = group < from ? from : group; j < stop; j += kStepDims) {
         const float* values = slot + (j - group) / kStepDims * kStepFloats;
@@ -560,27 +591,28 @@ struct AmxUnitRunner : UnitRunner<bf16, K, V> {
         load_tile<7>(values + kTileFloats, kTileRowBytes);
         multiply_bf16<0, 4, 6>();
         multiply_bf16<1, 4, 7>();
-        next.template lines<kLinesPerSum>();
-        pack_some<kPairs>(job, kPerStop, range, pair);
+        fetch.template lines<kLinesPerSum>();
+        pack_some<kPairs>(job, range, pair, fetch);
         multiply_bf16<0, 5, 6>();
         multiply_bf16<1, 5, 7>();
-        next.template lines<kLinesPerSum>();
-        pack_some<kPairs>(job, kPerStop, range, pair);
+        fetch.template lines<kLinesPerSum>();
+        pack_some<kPairs>(job, range, pair, fetch);
         if constexpr (kPairs == 2) {
           load_tile<6>(values + 2 * kTileFloats, kTileRowBytes);
           load_tile<7>(values + 3 * kTileFloats, kTileRowBytes);
           multiply_bf16<2, 4, 6>();
           multiply_bf16<3, 4, 7>();
-          next.template lines<kLinesPerSum>();
-          pack_some<kPairs>(job, kPerStop, range, pair);
+          fetch.template lines<kLinesPerSum>();
+          pack_some<kPairs>(job, range, pair, fetch);
           multiply_bf16<2, 5, 6>();
           multiply_bf16<3, 5, 7>();
-          next.template lines<kLinesPerSum>();
-          pack_some<kPairs>(job, kPerStop, range, pair);
+          fetch.template lines<kLinesPerSum>();
+          pack_some<kPairs>(job, range, pair, fetch);
         }
       }
-      pack_some<kPairs>(job, kPieceSize, range, pair);
+      pack_rest<kPairs>(job, range, pair, fetch);
     }
+    next = fetch;
     alignas(64) float sums[kStepFloats];
     store_tile<0>(sums, kTileRowBytes);
     store_tile<1>(sums + kTileFloats, kTileRowBytes);
@@ -639,9 +671,26 @@ struct AmxUnitRunner : UnitRunner<bf16, K, V> {
     }
   }
 
+  /// Whether the tiles of the pair hold 8 of every 16 columns out of 64, not 32 columns in a row.
+  bool mixes_columns(int pair) const {
+    return CodeTable<V>::kExists && pair / 2 * 2 + 2 <= column_pairs();
+  }
+  /// Two times 8 columns, the second ones `gap` columns after the first ones.
+  ATTEND_INLINE static __m512 load_columns(const float* from, int gap) {
+    return _mm512_insertf32x8(_mm512_castps256_ps512(_mm256_loadu_ps(from)),
+                              _mm256_loadu_ps(from + gap), 1);
+  }
+  ATTEND_INLINE static void store_columns(float* to, int gap, __m512 x) {
+    _mm256_storeu_ps(to, _mm512_castps512_ps256(x));
+    _mm256_storeu_ps(to + gap, _mm512_extractf32x8_ps(x, 1));
+  }
+
   /// Merges the sums of a pair of column tiles into rows [begin, end).
   template <int kRowTiles = 1>
   ATTEND_INLINE void merge_columns(int begin, int end, int pair, const float* sums) const {
+    const bool mixed = mixes_columns(pair);
+    const int gap = mixed ? 16 : 8,
+              first = mixed ? pair / 2 * 64 + pair % 2 * 8 : pair * kColumnPair;
     const __m512i low = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
     const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
     for (int r = begin; r < end; ++r, sums += kTileDim) {
@@ -650,14 +699,14 @@ struct AmxUnitRunner : UnitRunner<bf16, K, V> {
       const __m512 factor = _mm512_set1_ps(take[r]);
       const __m512 a = _mm512_mul_ps(_mm512_permutex2var_ps(x, low, y), factor);
       const __m512 b = _mm512_mul_ps(_mm512_permutex2var_ps(x, high, y), factor);
-      float* at = acc + std::int64_t{r} * this->dv_padded + pair * kColumnPair;
+      float* at = acc + std::int64_t{r} * this->dv_padded + first;
       if (keep[r] == 0.0F) {
-        Simd::store(at, a);
-        Simd::store(at + kTileDim, b);
+        store_columns(at, gap, a);
+        store_columns(at + 2 * gap, gap, b);
       } else {
         const __m512 old = _mm512_set1_ps(keep[r]);
-        Simd::store(at, _mm512_fmadd_ps(Simd::load(at), old, a));
-        Simd::store(at + kTileDim, _mm512_fmadd_ps(Simd::load(at + kTileDim), old, b));
+        store_columns(at, gap, _mm512_fmadd_ps(load_columns(at, gap), old, a));
+        store_columns(at + 2 * gap, gap, _mm512_fmadd_ps(load_columns(at + 2 * gap, gap), old, b));
       }
     }
   }

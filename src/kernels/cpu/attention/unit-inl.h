@@ -476,10 +476,14 @@ struct UnitRunner : UnitState<T, K, V> {
 #endif
   }
 
-  /// Whether rows [begin, end) see the same keys.
-  bool same_masks(int begin, int end) const {
+  /// Whether rows [begin, end) see the same keys of the piece at `base`.
+  bool same_masks(int begin, int end, int base) const {
+    const KeyRange first = piece_range(begin, begin + 1, base);
     bool same = true;
-    for (int i = begin; i < end; ++i) same &= lo[i] == lo[begin] && hi[i] == hi[begin];
+    for (int i = begin + 1; i < end; ++i) {
+      const KeyRange own = piece_range(i, i + 1, base);
+      same &= own.lo == first.lo && own.hi == first.hi;
+    }
     return same;
   }
 
@@ -489,7 +493,7 @@ struct UnitRunner : UnitState<T, K, V> {
       const int tile_end = r + Simd::kTileRows < end ? r + Simd::kTileRows : end;
       const KeyRange tile = piece_range(r, tile_end, base);
       if (tile.lo >= tile.hi) continue;
-      if (same_masks(r, tile_end) || all_values_finite(unit_range)) {
+      if (same_masks(r, tile_end, base) || all_values_finite(unit_range)) {
         with_tile_rows(tile_end - r, [&](auto height) ATTEND_LAMBDA {
           add_values<decltype(height)::value>(r, begin, tile);
         });
@@ -514,9 +518,10 @@ struct UnitRunner : UnitState<T, K, V> {
 
   /// Decodes the visible rows of a piece; the others repeat the first, as in point_rows.
   ATTEND_NOINLINE void decode_rows(int piece) {
-    const KeyRange range = piece_range(0, rows, piece * kPieceSize);
+    const int base = piece * kPieceSize;
+    const KeyRange range = piece_range(0, rows, base);
     if (range.lo >= range.hi) return;
-    values_late = fetches() && same_masks(0, rows);
+    values_late = fetches() && same_masks(0, rows, base);
     for (int j = 0; j < kPieceSize; ++j) {
       const bool visible = j >= range.lo && j < range.hi;
       const std::int64_t row = visible ? j : range.lo;
