@@ -7,6 +7,7 @@
 #include "attend/oracle/attention.h"
 #include "attend/plan/cascade.h"
 #include "bench/random_fill.h"
+#include "plan/unit_cost.h"
 
 namespace attend::bench {
 
@@ -132,6 +133,12 @@ double AttentionProblem::bytes() const {
   const double once = static_cast<double>(batch_.num_rows) /
                       static_cast<double>(batch_.visible_keys(-1, 0, batch_.num_reqs()));
   return all * once;
+}
+
+std::optional<Estimate> AttentionProblem::estimate() const {
+  if (s_.layout == Layout::nhd) return std::nullopt;
+  const plan::PlanEstimate e = plan::estimate(whole_.plan, s_.kv_dtype);
+  return Estimate{e.read_us, e.products_us, e.merge_us};
 }
 
 std::vector<Part> AttentionProblem::parts() {

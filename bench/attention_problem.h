@@ -43,6 +43,7 @@ class AttentionProblem : public Problem {
   std::string verify() const override;
   double flops() const override { return flops_of(0, batch_.num_reqs()); }
   double bytes() const override;
+  std::optional<Estimate> estimate() const override;
   std::vector<Part> parts() override;
 
  private:

@@ -103,6 +103,11 @@ std::string_view to_string(Bound bound) noexcept {
   return "invalid bound";
 }
 
+std::unique_ptr<Executor> own_pool(const Case& c, const Executor& shared) {
+  if (c.threads == 0 || c.threads == shared.num_workers()) return nullptr;
+  return make_thread_pool(c.threads);
+}
+
 std::vector<Case> all_cases() {
   std::vector<Case> cases;
   for (const auto& some : {prefill_cases, decode_cases, cascade_cases, int8_cases, cache_cases})
@@ -111,8 +116,7 @@ std::vector<Case> all_cases() {
 }
 
 CaseResult run_case(const Case& c, Executor& shared, const Timing& timing) {
-  const auto own =
-      c.threads > 0 && c.threads != shared.num_workers() ? make_thread_pool(c.threads) : nullptr;
+  const auto own = own_pool(c, shared);
   Executor& executor = own ? *own : shared;
   const auto problem = c.make(executor);
   problem->run();

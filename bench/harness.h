@@ -3,6 +3,7 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <span>
 #include <string>
 #include <string_view>
@@ -32,6 +33,13 @@ struct Part {
   std::function<void()> run;
 };
 
+/// Expected microseconds of all workers together.
+struct Estimate {
+  double read_us;      ///< reading and packing keys and values
+  double products_us;  ///< QK, softmax and PV
+  double merge_us;     ///< storing and merging partial results
+};
+
 /// A prepared case: data in memory, plan made.
 class Problem {
  public:
@@ -41,6 +49,8 @@ class Problem {
   virtual std::string verify() const = 0;
   virtual double flops() const { return 0.0; }  ///< useful operations of one run
   virtual double bytes() const = 0;             ///< bytes that one run must at least move
+  /// What the cost model of plans expects; unset = it knows nothing about this work.
+  virtual std::optional<Estimate> estimate() const { return std::nullopt; }
   /// What the work consists of, for problems that parts bind; they stay valid as long as this.
   virtual std::vector<Part> parts() { return {}; }
 };
@@ -52,6 +62,9 @@ struct Case {
   std::function<std::unique_ptr<Problem>(Executor&)> make;
   int threads = 0;  ///< workers that it is for; 0 = as many as there are
 };
+
+/// A pool for a case that wants another number of workers than `shared` has, else null.
+std::unique_ptr<Executor> own_pool(const Case& c, const Executor& shared);
 
 /// All cases, in the order in which they are reported.
 std::vector<Case> all_cases();

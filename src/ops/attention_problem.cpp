@@ -335,7 +335,7 @@ void run_plan(const cpu::AttentionProblem& problem, const AttentionPlan& plan, W
   float* scratch = base + plan::partial_floats(plan);
   const auto worker_workspace = [&](int worker) {
     return cpu::KernelWorkspace{base, scratch + worker * layout.total, layout,
-                                plan.partial_runs.data()};
+                                plan.partial_runs.data(), cpu::thread_phase_clock()};
   };
   const cpu::ReduceFn reduce = cpu::reduce_of(plan.isa, problem.out_dtype);
   const std::size_t num_units = num_work(plan.units), num_reductions = num_work(plan.reductions);

@@ -3,60 +3,29 @@
 
 #include <algorithm>
 
-#include "plan/unit_layout.h"
 #include "plan/unit_size.h"
 #include "plan/visible_pieces.h"
 
 namespace attend::plan {
 namespace {
 
-// Fitted on one worker of a Sapphire Rapids server, head sizes 64 and 128, bf16 and f32, 1 to 512
-// rows a unit over 8192 keys, then 2 to 64 decodes with prefixes of 1, 4 and 32 pieces and as many
-// of their own, as the bench cases cascade_* do it. Keys read over and over are in a cache, so
-// reading is taken to be as fast as it is there.
-constexpr double kBytesPerUs = 22e3;  ///< keys and values of a piece, packing included
-/// A multiplication and an addition are two.
-constexpr double kFlopsPerUsAvx512 = 130e3, kFlopsPerUsAvx2 = 80e3, kFlopsPerUsScalar = 18e3;
-/// Keys and values that AMX tiles take; from the prefill of 4096 tokens.
-constexpr double kFlopsPerUsAmx = 500e3;
-/// Rows that fit one register tile compute beside the reading: this share of their time shows.
-constexpr double kBesideReading = 0.57;
-/// Storing a partial result and merging it later, which takes 0.12 to 0.18 us for 130 numbers.
-constexpr double kPartialBytesPerUs = 3e3;
 /// Workers wait for each other before the merge.
 constexpr double kWaitUs = 10.0;
-
-bool takes_tiles(IsaLevel isa, DType keys) {
-  return isa >= IsaLevel::amx && keys != DType::f32 && keys != DType::f16;
-}
-
-double flops_per_us(IsaLevel isa, DType keys) {
-  if (takes_tiles(isa, keys)) return kFlopsPerUsAmx;
-  if (isa >= IsaLevel::avx512) return kFlopsPerUsAvx512;
-  return isa >= IsaLevel::avx2 ? kFlopsPerUsAvx2 : kFlopsPerUsScalar;
-}
 
 }  // namespace
 
 CascadeCost::CascadeCost(const CascadeInput& input)
-    : in_(input), shared_(input.batch.seq_lens.size(), 0) {
-  const AttentionPlanInput& b = in_.batch;
-  const IsaLevel isa = b.isa.value_or(active_isa());
-  const double products = double{kPieceSize} * (b.head_dim_qk + b.head_dim_v);
-  group_ = b.num_q_heads / b.num_kv_heads;
-  unit_rows_ = max_unit_rows(b.query_start_loc.back(), b.num_q_heads, b.num_workers);
-  // Decoding fp8 takes as long as reading twice as many bytes.
-  read_us_ =
-      products * static_cast<double>(std::max<std::size_t>(2, size_of(in_.kv_dtype))) / kBytesPerUs;
-  row_us_ = 2.0 * products / flops_per_us(isa, in_.kv_dtype);
-  partial_us_ = 4.0 * static_cast<double>(partial_row_floats(b.head_dim_v)) / kPartialBytesPerUs;
-  tile_rows_ = takes_tiles(isa, in_.kv_dtype) ? 16 : isa >= IsaLevel::avx512 ? 12 : 4;
-}
+    : in_(input),
+      group_(input.batch.num_q_heads / input.batch.num_kv_heads),
+      unit_rows_(max_unit_rows(input.batch.query_start_loc.back(), input.batch.num_q_heads,
+                               input.batch.num_workers)),
+      cost_(unit_cost(input.batch.isa.value_or(active_isa()), input.kv_dtype,
+                      input.batch.head_dim_qk, input.batch.head_dim_v)),
+      shared_(input.batch.seq_lens.size(), 0) {}
 
 /// Time of one unit over one piece.
 double CascadeCost::piece_us(std::int64_t rows) const {
-  const double beside = rows <= tile_rows_ ? kBesideReading : 1.0;
-  return read_us_ + static_cast<double>(rows) * row_us_ * beside;
+  return cost_.read_us + cost_.products_us(rows);
 }
 
 /// Time of `rows` rows over one piece, cut into units.
@@ -95,7 +64,7 @@ GroupCost CascadeCost::of(const SharedGroup& g) const {
       std::max(1.0, static_cast<double>(b.num_workers) / static_cast<double>(units));
   const double heads = b.num_kv_heads;
   return {heads * flat,
-          heads * (units_us(rows) * (all.last - all.first) * idle + partials * partial_us_) +
+          heads * (units_us(rows) * (all.last - all.first) * idle + partials * cost_.partial_us) +
               (from > 0 ? 0.0 : kWaitUs * b.num_workers)};
 }
 

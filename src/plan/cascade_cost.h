@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "plan/shared_groups.h"
+#include "plan/unit_cost.h"
 
 namespace attend::plan {
 
@@ -35,8 +36,7 @@ class CascadeCost {
   const CascadeInput& in_;
   std::int64_t group_;      ///< query heads of a kv head
   std::int64_t unit_rows_;  ///< most rows of a unit
-  double read_us_, row_us_, partial_us_;
-  std::int64_t tile_rows_;
+  UnitCost cost_;
   std::vector<std::int32_t> shared_;  ///< [B] pieces of a request that are shared
 };
 

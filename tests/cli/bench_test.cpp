@@ -70,5 +70,40 @@ TEST(BenchCommand, JsonHasTheStableKeys) {
   EXPECT_FALSE(c.contains("parts"));
 }
 
+/// The one explanation of `attend bench --explain` of a case, shortly measured.
+nlohmann::json explained(const std::string& name) {
+  const CliResult r = run_cli("bench --explain " + name + " --seconds 0.01 --attempts 1 --json -");
+  EXPECT_EQ(r.exit_code, 0) << r.err;
+  const auto list = nlohmann::json::parse(r.out).at("explanations");
+  EXPECT_EQ(list.size(), 1U);
+  return list.at(0);
+}
+
+TEST(BenchCommand, ExplainsWhereTheTimeGoes) {
+  const auto e = explained("single_token_128_1t");
+  EXPECT_EQ(e.at("case"), "single_token_128_1t");
+  EXPECT_EQ(e.at("threads"), 1);
+  EXPECT_GT(e.at("seconds"), 0.0);
+  EXPECT_GT(e.at("seconds_plain"), 0.0);
+  double sum = 0.0;
+  std::vector<std::string> used;
+  for (const auto& phase : e.at("phases")) {
+    EXPECT_GE(phase.at("share"), 0.0) << phase;
+    sum += phase.at("share").get<double>();
+    if (phase.at("share") > 0.0) used.push_back(phase.at("phase"));
+  }
+  EXPECT_NEAR(sum, 1.0, 1e-9);
+  EXPECT_THAT(used, IsSupersetOf({"queries and outputs", "pack", "QK", "softmax", "PV",
+                                  "waiting (start, imbalance)", "set-up of the call"}));
+  EXPECT_GT(e.at("model").at("pack_seconds"), 0.0);
+  EXPECT_GT(e.at("model").at("products_seconds"), 0.0);
+}
+
+TEST(BenchCommand, NothingIsExplainedOfAnUnknownCase) {
+  const CliResult r = run_cli("bench --explain no_such_case");
+  EXPECT_EQ(r.exit_code, 2);
+  EXPECT_THAT(r.err, HasSubstr("--explain"));
+}
+
 }  // namespace
 }  // namespace attend::testing

@@ -8,6 +8,7 @@
 #include "attend/core/error.h"
 #include "bench/harness.h"
 #include "cli.h"
+#include "explain_report.h"
 
 namespace attend::cli {
 namespace {
@@ -20,6 +21,7 @@ using nlohmann::ordered_json;
 struct Options {
   std::string pattern = "*";
   std::string json;
+  std::string explain;
   int threads = 0;
   bench::Timing timing;
   bool list = false;
@@ -106,20 +108,42 @@ void print_ceilings(std::FILE* to, const bench::Ceilings& c, const Executor& exe
       c.lost_fraction > bench::kNoisyAbove ? " (noisy: repeat on a quiet machine)" : "");
 }
 
-void run(const Options& o) {
+std::vector<bench::Case> cases_of(const char* option, const std::string& pattern) {
   std::vector<bench::Case> chosen;
-  for (const auto& c : bench::all_cases())
-    if (fnmatch(o.pattern.c_str(), c.name.c_str(), 0) == 0) chosen.push_back(c);
+  for (auto& c : bench::all_cases())
+    if (fnmatch(pattern.c_str(), c.name.c_str(), 0) == 0) chosen.push_back(std::move(c));
+  if (chosen.empty())
+    throw InvalidArgument("attend bench", option, "a pattern that matches a case of --list",
+                          "'" + pattern + "'");
+  return chosen;
+}
+
+void explain(const Options& o, Executor& executor, std::FILE* text) {
+  ordered_json results = ordered_json::array();
+  bool all_verified = true;
+  for (const auto& c : cases_of("--explain", o.explain)) {
+    const bench::Explanation e = bench::explain_case(c, executor, o.timing);
+    print_explanation(text, e);
+    results.push_back(explanation_json(e));
+    all_verified &= e.failure.empty();
+  }
+  write_json({{"explanations", results}}, o.json);
+  if (!all_verified) throw Exit{kCheckFailed};
+}
+
+void run(const Options& o) {
+  const std::vector<bench::Case> chosen = cases_of("--case", o.pattern);
   if (o.list) {
     for (const auto& c : chosen) fmt::print("{:<{}} {}\n", c.name, kNameWidth, c.description);
     return;
   }
-  if (chosen.empty())
-    throw InvalidArgument("attend bench", "--case", "a pattern that matches a case of --list",
-                          "'" + o.pattern + "'");
   const auto own = o.threads > 0 ? make_thread_pool(o.threads) : nullptr;
   Executor& executor = own ? *own : default_executor();
   std::FILE* text = o.json == "-" ? stderr : stdout;
+  if (!o.explain.empty()) {
+    explain(o, executor, text);
+    return;
+  }
 
   const bench::Ceilings ceilings = bench::quietest(
       o.timing.attempts, [&] { return bench::measure_ceilings(executor, kReadBuffer, 0.3); });
@@ -161,7 +185,12 @@ void add_bench(CLI::App& app) {
       "sum of its parts, each run by itself.\n\n"
       "Threads spin before, between and after the runs. If other programs took more than 2 % of\n"
       "that time, the measurement is repeated, and marked noisy if it stays so.\n\n"
-      "Examples:\n  attend bench --list\n  attend bench --case 'decode*' --json -");
+      "--explain gives the kernels clocks: the time of packing, QK, softmax, PV, merging partial\n"
+      "results and waiting (imbalance), beside what the cost model of plans expects. What is "
+      "packed\n"
+      "inside of a multiplication counts as that; waiting for memory counts where it happens.\n\n"
+      "Examples:\n  attend bench --list\n  attend bench --case 'decode*' --json -\n"
+      "  attend bench --explain decode_bf16_64x512");
   command->add_option("--case", o->pattern, "Cases to run, a shell pattern (default: all)");
   command->add_option("--threads", o->threads, "Threads (default: all CPUs this process may use)")
       ->check(CLI::PositiveNumber);
@@ -173,6 +202,8 @@ void add_bench(CLI::App& app) {
       ->add_option("--attempts", o->timing.attempts,
                    "Times to measure what is noisy, at most (default 3)")
       ->check(CLI::PositiveNumber);
+  command->add_option("--explain", o->explain,
+                      "Print where the time of these cases goes, a shell pattern, and end");
   command->add_flag("--list", o->list, "List the cases and end");
   add_json_option(*command, o->json);
   command->callback([o] { run(*o); });

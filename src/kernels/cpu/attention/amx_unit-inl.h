@@ -212,6 +212,7 @@ struct AmxUnitRunner : UnitRunner<bf16, K, V> {
   }
   /// Copies keys [j, j + count). Keys that no row sees have the address of one that a row sees.
   ATTEND_NOINLINE void copy_tiles(int j, int count, bf16* to) {
+    const InPhase packing(this->clock, Phase::pack);
     const Decoder<K> decoder{};
     PrefetchRows<K, V> fetch = next;  // stores do not change it
     for (int i = 0; i < count; ++i) {
@@ -308,6 +309,7 @@ struct AmxUnitRunner : UnitRunner<bf16, K, V> {
     float* to = this->k_panels + 2 * half * panel;
     if (packed_panel[panel]) return to;
     packed_panel[panel] = true;
+    const InPhase packing(this->clock, Phase::pack);
     NoPrefetch none;
     for (int i = 0; i < 2; ++i) {
       const int j = panel * plan::kPanelKeys + i * kTileKeys;
@@ -459,6 +461,7 @@ struct AmxUnitRunner : UnitRunner<bf16, K, V> {
     _mm512_store_si512(to + kTileFloats, _mm512_unpackhi_epi16(a, b));
   }
   ATTEND_NOINLINE void pack_values(KeyRange range) {
+    const InPhase packing(this->clock, Phase::pack);
     const int end = static_cast<int>(plan::round_up(range.hi, kStepDims));
     for (int j = range.lo / kStepDims * kStepDims; j < end; j += 2) {
       float* to = value_tiles(j / kStepDims, 0) + j % kStepDims / 2 * kTileDim;

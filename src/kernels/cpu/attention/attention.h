@@ -5,6 +5,7 @@
 #include "attend/core/cpu.h"
 #include "attend/core/dtype.h"
 #include "attend/plan/attention_plan.h"
+#include "kernels/cpu/attention/phase.h"
 #include "plan/unit_layout.h"
 
 /// Contract of the CPU attention kernels: one unit of a plan at a time, trusted input, no
@@ -97,6 +98,7 @@ struct KernelWorkspace {
   float* scratch = nullptr;   ///< this worker's
   plan::ScratchLayout layout;
   const PartialRun* runs = nullptr;  ///< the plan's
+  PhaseClock* clock = nullptr;       ///< this worker's; null = not measured
 };
 
 /// Computes a unit: writes out (and lse), or partials of its pieces.

@@ -91,6 +91,7 @@ ATTEND_INLINE void write_row(const AttentionProblem& p, const float* acc, const 
 template <typename T>
 void reduce_unit(const AttentionProblem& p, const Reduction& u,
                  const KernelWorkspace& ws) noexcept {
+  const InPhase merging(ws.clock, Phase::merge);
   const std::int64_t width = plan::partial_row_floats(p.head_dim_v);
   const int rows = (u.q_end - u.q_begin) * p.group_size;
   float* acc = ws.scratch + ws.layout.acc;

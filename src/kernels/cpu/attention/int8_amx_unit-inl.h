@@ -255,6 +255,7 @@ struct Int8AmxRunner : Int8ValuesRunner {
                std::int64_t{panel} * plan::kPanelKeys * padded_dim();
     if (packed_panel[panel]) return to;
     packed_panel[panel] = true;
+    const InPhase packing(clock, Phase::pack);
     std::int8_t* at = to;
     for (int i = 0; i < plan::kPanelKeys; i += kTileKeys) {
       const std::int8_t* key_rows[kTileKeys];
@@ -362,6 +363,7 @@ struct Int8AmxRunner : Int8ValuesRunner {
 
   /// Packs the values of whole steps: masked keys weigh 0.
   ATTEND_NOINLINE void pack_steps(KeyRange range) {
+    const InPhase packing(clock, Phase::pack);
     NoPrefetch none;
     const int begin = range.lo / kStepCodes * kStepCodes;
     const int end = static_cast<int>(plan::round_up(range.hi, kStepCodes));

@@ -51,6 +51,7 @@ struct Int8UnitRunner : UnitRunner<V, std::int8_t, V> {
                (keep_all ? std::int64_t{panel} * plan::kPanelKeys * p.head_dim_qk : 0);
     if (keep_all && this->packed_panel[panel]) return to;
     this->packed_panel[panel] = true;
+    const InPhase packing(this->clock, Phase::pack);
     const std::int8_t* const* keys = this->stored_k_rows + panel * plan::kPanelKeys;
     if (this->fetches()) {
       Dot::pack_keys(keys, p.head_dim_qk, to, next);
@@ -108,6 +109,7 @@ struct Int8ValuesRunner : Int8UnitRunner<std::int8_t> {
 
   /// Groups of four keys, whole ones: masked keys weigh 0.
   ATTEND_NOINLINE void pack_values(KeyRange range) {
+    const InPhase packing(clock, Phase::pack);
     for (int j = range.lo / kDotBytes * kDotBytes; j < range.hi; j += kDotBytes) {
       std::int8_t* to = panel() + std::int64_t{j} * dv_padded;
       if (fetches()) {

@@ -1,6 +1,23 @@
 // SPDX-License-Identifier: Apache-2.0
 // Addresses, visible ranges and the worker's scratch of one unit. Included inside an ISA namespace.
 
+/// Time spent in a phase, until the end of a block; then the phase before goes on.
+class InPhase {
+ public:
+  ATTEND_INLINE InPhase(PhaseClock* clock, Phase phase) noexcept : clock_(clock) {
+    if (clock_ != nullptr) before_ = clock_->enter(phase);
+  }
+  ATTEND_INLINE ~InPhase() {
+    if (clock_ != nullptr) clock_->enter(before_);
+  }
+  InPhase(const InPhase&) = delete;
+  InPhase& operator=(const InPhase&) = delete;
+
+ private:
+  PhaseClock* clock_;
+  Phase before_ = Phase::outside;
+};
+
 /// Keys [lo, hi) in absolute positions.
 struct KeyRange {
   int lo, hi;
@@ -72,6 +89,7 @@ struct UnitState {
   static constexpr bool kStaged = !std::is_same_v<T, V>;
   const AttentionProblem& p;
   const WorkUnit& u;
+  PhaseClock* clock;
   int rows;  // query rows: token-major, then head of the group
   int dv_padded;
   float* q;         // [rows, D] scaled to log2 units; int8 queries: their codes
@@ -109,6 +127,7 @@ struct UnitState {
   UnitState(const AttentionProblem& problem, const WorkUnit& unit, const KernelWorkspace& ws)
       : p(problem),
         u(unit),
+        clock(ws.clock),
         rows((unit.q_end - unit.q_begin) * problem.group_size),
         dv_padded(ws.layout.padded_dv) {
     const plan::ScratchLayout& at = ws.layout;
@@ -140,6 +159,10 @@ struct UnitState {
     v_rows = k_rows + kPieceSize;
     staged_k = reinterpret_cast<T*>(ws.scratch + at.staged);
     staged_v = staged_k + std::int64_t{kPieceSize} * problem.head_dim_qk;
+  }
+  /// What this worker does from now on.
+  ATTEND_INLINE void enter(Phase phase) const {
+    if (clock != nullptr) clock->enter(phase);
   }
   int head(int row) const { return u.kv_head * p.group_size + row % p.group_size; }
   /// Index of a row's query token among those of all requests.

@@ -56,7 +56,7 @@ struct Decoder {
 template <typename T, typename K, typename V>
 struct UnitRunner : UnitState<T, K, V> {
   using Base = UnitState<T, K, V>;
-  using Base::acc, Base::dv_padded, Base::hi, Base::k_panels, Base::k_rows, Base::keep,
+  using Base::acc, Base::clock, Base::dv_padded, Base::hi, Base::k_panels, Base::k_rows, Base::keep,
       Base::key_scales, Base::kStaged, Base::l, Base::lo, Base::m, Base::next_k_rows,
       Base::next_v_rows, Base::p, Base::piece_l, Base::piece_m, Base::q, Base::request, Base::rows,
       Base::s, Base::staged_k, Base::staged_v, Base::stored_k_rows, Base::stored_v_rows, Base::take,
@@ -235,6 +235,7 @@ struct UnitRunner : UnitState<T, K, V> {
     float* to = k_panels + (keep_all ? std::int64_t{panel} * plan::kPanelKeys * p.head_dim_qk : 0);
     if (keep_all && packed_panel[panel]) return to;
     packed_panel[panel] = true;
+    const InPhase packing(clock, Phase::pack);
     const int first = panel * plan::kPanelKeys;
     NoPrefetch none;
     for (int j = 0; j < plan::kPanelKeys; j += Simd::kLanes) {
@@ -266,6 +267,7 @@ struct UnitRunner : UnitState<T, K, V> {
   }
 
   ATTEND_NOINLINE void pack_values(KeyRange range) {
+    const InPhase packing(clock, Phase::pack);
     bool bad = false;
     for (int j = range.lo; j < range.hi; ++j) {
       const T* from = v_rows[j];
@@ -558,8 +560,11 @@ struct UnitRunner : UnitState<T, K, V> {
     if (p.v_scale != nullptr) load_scales(p.v_scale, p.v_scale_strides, range, base, value_scales);
     for (int begin = 0; begin < rows; begin += Self::kBlock) {
       const int end = begin + Self::kBlock < rows ? begin + Self::kBlock : rows;
+      this->enter(Phase::qk);
       self.logits(self, begin, end, base, !one_block);
+      this->enter(Phase::softmax);
       probabilities(self, begin, end, base);
+      this->enter(Phase::pv);
       self.outputs(begin, end, base, range);
     }
   }
@@ -635,10 +640,12 @@ struct UnitRunner : UnitState<T, K, V> {
 
   template <typename Self>
   void run(Self& self, float* partials) {
+    const InPhase own(clock, Phase::rows);
     load_queries(self);
     const bool stores = u.partial_slot >= 0, merges = u.partial_stride == 0;
     point_next(u.piece_begin);
     for (int piece = u.piece_begin; piece < u.piece_end; ++piece) {
+      this->enter(Phase::pack);
       exchange(stored_k_rows, next_k_rows);
       exchange(stored_v_rows, next_v_rows);
       point_next(piece + 1);
@@ -650,10 +657,12 @@ struct UnitRunner : UnitState<T, K, V> {
       self.stage(piece);
       run_piece(self, piece);
       if (stores && !merges) {
+        this->enter(Phase::merge);
         store_partials(self, piece - u.piece_begin, partials);
         self.reset();
       }
     }
+    this->enter(stores ? Phase::merge : Phase::rows);
     if (!stores) {
       write_outputs(self);
     } else if (merges) {
