@@ -5,7 +5,8 @@ An adapter is a module adapters/NAME.py with
   REQUIRES               what pip installs, pinned
   unsupported(problem)   why it cannot do the problem, or None; imports nothing heavy
   prepare(problem, data, threads) -> Side   everything that is not timed: conversion, cache, compilation
-and, where a setting of the environment is part of the best set-up, environment(threads).
+and, where it applies, ALONE (what pip installs without dependencies), install(build, pip, run) for what is
+no package, and environment(threads) for settings that are made before the process starts.
 """
 import dataclasses
 import time

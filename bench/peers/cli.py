@@ -13,14 +13,15 @@ LEFT_OUT_OF_QUICK = ["jax_attention"]  # it materialises all logits: a minute a 
 
 DESCRIPTION = """Compares attend with other CPU attention libraries on the same problems.
 
-The first call makes a Python environment in build/peers (about 3 GB), installs the peers there and compiles
+The first call makes a Python environment in build/peers (about 4 GB with the data), installs the peers there and compiles
 what has no package; what cannot be installed is reported with the reason. Then, for each problem: random data
 are written, each library sets up its best layout (not timed), its output is compared with float64 on sampled
 rows, and only a right one is timed, in turn with ours. The program that waits is stopped meanwhile. A spin
 check before each run measures what other programs take; above 2 % the row is marked noisy.
 
 A run of everything writes docs/benchmarks.md between its markers (--quick too); with --only, --case or
---threads the tables go to standard output only. All results are in build/peers/results.json."""
+--threads the tables go to standard output only. The results are in build/peers/results.json, those of such
+a part in partial.json, what the programs print in build/peers/logs."""
 EXAMPLES = """examples:
   scripts/peers                                        everything
   scripts/peers --quick                                in a few minutes

@@ -1,7 +1,8 @@
 """Installs the peers into build/peers/env. Standard library only: it runs before there is an environment.
 
-An adapter names what pip installs in REQUIRES, pinned; one without a package has install(build, pip). The
-reason of a failure goes to build/peers/install/NAME.failed, from where the report takes it.
+An adapter names what pip installs in REQUIRES, pinned, and in ALONE what it installs without dependencies;
+one without a package has install(build, pip, run). The reason of a failure goes to
+build/peers/install/NAME.failed, from where the report takes it.
 """
 import importlib
 import shutil
@@ -36,7 +37,8 @@ def pip_install(requirements):
 
 def install(name):
     adapter = importlib.import_module(f"adapters.{name}")
-    wanted = " ".join(adapter.REQUIRES) + getattr(adapter, "SOURCE", "")
+    alone = getattr(adapter, "ALONE", [])
+    wanted = " ".join([*adapter.REQUIRES, *alone, getattr(adapter, "SOURCE", "")]).strip()
     stamp, failed = (BUILD / "install" / f"{name}.{x}" for x in ("done", "failed"))
     if stamp.exists() and stamp.read_text() == wanted:
         return
@@ -45,6 +47,8 @@ def install(name):
     try:
         if adapter.REQUIRES:
             pip_install(adapter.REQUIRES)
+        if alone:
+            pip_install(["--no-deps", *alone])
         if hasattr(adapter, "install"):
             adapter.install(BUILD, PIP, run)
         stamp.write_text(wanted)

@@ -104,15 +104,28 @@ def machine():
 
 def _ceilings(results, threads):
     measured = [r["ceilings"] for r in results if r["threads"] == threads and "ceilings" in r]
+    if not measured:
+        return "attend did not run."
     fma, dot, int8, read = (statistics.median(float(c[i]) for c in measured) for i in range(4))
     return (f"Ceilings beside it: float32 FMA {fma:.0f} GFLOP/s, bf16 dot products {dot:.0f} GFLOP/s, int8 "
             f"dot products {int8:.0f} GOP/s (vector instructions, not tiles), reading {read:.1f} GB/s.")
 
 
+def _disturbance(results):
+    """A warning where other programs took much of the time, else nothing."""
+    timed = [p["lost"] for r in results for p in _timed(r)]
+    lost = statistics.median(timed) if timed else 0
+    if lost <= NOISY_ABOVE:
+        return []
+    return [f"**Other programs took {100 * lost:.0f} % of the time** (median of the spin checks): times and rates "
+            "are far from what this machine can do, and ratios are rough. Repeat it on a quiet machine."]
+
+
 def markdown(results, options):
     command = "scripts/peers" + (" --quick" if options.quick else "")
     version = next((r["version"] for r in results if "version" in r), "did not run")
-    parts = [f"Command: `{command}`; {options.rounds} rounds. Machine: {machine()}. attend: {version}."]
+    parts = [f"Command: `{command}`; {options.rounds} rounds. Machine: {machine()}. attend: {version}.",
+             *_disturbance(results)]
     counts = sorted({r["threads"] for r in results}, reverse=True)
     for threads in counts:
         parts += [f"### {threads} thread{'s' if threads > 1 else ''}", _ceilings(results, threads),

