@@ -16,7 +16,9 @@ void add_json_option(CLI::App& command, std::string& path) {
 
 void write_json(const nlohmann::ordered_json& value, const std::string& path) {
   if (path.empty()) return;
-  const std::string text = value.dump(2) + "\n";
+  // Names of files may hold anything, JSON only UTF-8.
+  constexpr auto kReplace = nlohmann::ordered_json::error_handler_t::replace;
+  const std::string text = value.dump(2, ' ', false, kReplace) + "\n";
   if (path == "-") {
     std::fputs(text.c_str(), stdout);
     return;

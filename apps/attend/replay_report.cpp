@@ -6,6 +6,7 @@
 #include <algorithm>
 
 #include "attend/core/cpu.h"
+#include "attend/plan/kernel_choice.h"
 #include "bench/noise.h"
 
 namespace attend::cli {
@@ -103,6 +104,7 @@ nlohmann::ordered_json to_json(const ReplayReport& report) {
   j["backend"] = r.backend;
   j["model"] = report.model.name;
   j["isa"] = to_string(active_isa());
+  j["kernels"] = to_string(kernel_choice().source);
   j["threads"] = report.threads;
   return j;
 }
@@ -112,8 +114,10 @@ void print_table(const ReplayReport& report, std::FILE* out) {
   fmt::print(out, "{:<18}{} ({})\n", "trace", report.trace.name, report.trace.format);
   fmt::print(out, "{:<18}{}, {} layer{}, {}\n", "model", report.model.name, report.num_layers,
              report.num_layers == 1 ? "" : "s", to_string(r.dtype));
-  fmt::print(out, "{:<18}{}, kernels {}, {} thread{}\n", "back end", r.backend,
-             to_string(active_isa()), report.threads, report.threads == 1 ? "" : "s");
+  fmt::print(out, "{:<18}{}, kernels {}{}, {} thread{}\n", "back end", r.backend,
+             to_string(active_isa()),
+             kernel_choice().source == ChoiceSource::file ? " or lower, as measured" : "",
+             report.threads, report.threads == 1 ? "" : "s");
   fmt::print(out, "{:<18}{} with {} prompt and {} generated tokens\n", "requests", r.requests,
              r.prompt_tokens, r.counters.generated_tokens);
   fmt::print(out, "{:<18}{:.0f}\n", "tokens/s", r.tokens_per_second());

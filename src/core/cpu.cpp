@@ -62,6 +62,10 @@ void add_os_cache_sizes(CpuInfo& info) noexcept {
   fill(info.l3_bytes, _SC_LEVEL3_CACHE_SIZE);
 }
 
+std::string cpu_identity() {
+  return fmt::format("{}, {} CPUs", detect_cpu_signature(), sysconf(_SC_NPROCESSORS_ONLN));
+}
+
 const CpuInfo& cpu_info() {
   static const CpuInfo info = detect_cpu();
   return info;

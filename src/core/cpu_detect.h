@@ -2,6 +2,7 @@
 #pragma once
 #include <optional>
 #include <span>
+#include <string>
 #include <string_view>
 
 #include "attend/core/cpu.h"
@@ -10,6 +11,13 @@ namespace attend {
 
 /// Asks this machine; one implementation per processor family (cpu_x86.cpp, cpu_generic.cpp).
 CpuInfo detect_cpu();
+
+/// What tells CPUs with other speeds or instructions apart, but for how many there are; one
+/// implementation per processor family.
+std::string detect_cpu_signature();
+
+/// The same with the number of CPUs: equal on equal machines, and no model name.
+std::string cpu_identity();
 
 /// Fills the cache sizes that are still 0 with what the operating system says.
 void add_os_cache_sizes(CpuInfo& info) noexcept;

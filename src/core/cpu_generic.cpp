@@ -18,6 +18,9 @@ std::string model_name() {
 
 }  // namespace
 
+// There is one level only, so that nothing can be chosen.
+std::string detect_cpu_signature() { return "generic"; }
+
 CpuInfo detect_cpu() {
   CpuInfo info;
   info.model = model_name();

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <cpuid.h>
+#include <fmt/format.h>
 #if defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -46,7 +47,7 @@ bool request_tiles() noexcept {
 #endif
 }
 
-X86Features read_features() noexcept {
+X86Features read_registers() noexcept {
   constexpr std::uint32_t kOsXsave = 1U << 27;
   const Registers leaf1 = cpuid(1);
   const Registers leaf7 = cpuid(7);
@@ -57,8 +58,22 @@ X86Features read_features() noexcept {
   f.leaf7_edx = leaf7.edx;
   f.leaf7_1_eax = leaf7.eax >= 1 ? cpuid(7, 1).eax : 0;
   f.xcr0 = (leaf1.ecx & kOsXsave) != 0 ? xgetbv() : 0;
+  return f;
+}
+
+X86Features read_features() noexcept {
+  X86Features f = read_registers();
   f.tiles_permitted = tiles_need_permission(f) && request_tiles();
   return f;
+}
+
+std::string vendor() {
+  const Registers r = cpuid(0);
+  std::array<char, 12> text{};
+  std::memcpy(text.data(), &r.ebx, 4);
+  std::memcpy(text.data() + 4, &r.edx, 4);
+  std::memcpy(text.data() + 8, &r.ecx, 4);
+  return {text.data(), text.size()};
 }
 
 std::string brand_string() {
@@ -97,6 +112,18 @@ void read_caches(std::uint32_t leaf, CpuInfo& info) noexcept {
 }
 
 }  // namespace
+
+std::string detect_cpu_signature() {
+  const std::uint32_t eax = cpuid(1).eax;
+  const std::uint32_t base_family = eax >> 8 & 0xFU, base_model = eax >> 4 & 0xFU;
+  const std::uint32_t family = base_family + (base_family == 0xFU ? eax >> 20 & 0xFFU : 0U);
+  const bool extended = base_family == 0xFU || base_family == 6U;
+  const std::uint32_t model = base_model + (extended ? (eax >> 16 & 0xFU) << 4 : 0U);
+  const X86Features f = read_registers();
+  return fmt::format("{} family {} model {} stepping {} features {:x}-{:x}-{:x}-{:x}-{:x}-{:x}",
+                     vendor(), family, model, eax & 0xFU, f.leaf1_ecx, f.leaf7_ebx, f.leaf7_ecx,
+                     f.leaf7_edx, f.leaf7_1_eax, f.xcr0);
+}
 
 CpuInfo detect_cpu() {
   constexpr std::uint32_t kAmdCaches = 0x8000001DU;

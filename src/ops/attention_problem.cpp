@@ -8,6 +8,7 @@
 #include <thread>
 #include <vector>
 
+#include "attend/plan/kernel_choice.h"
 #include "core/check.h"
 #include "plan/unit_layout.h"
 
@@ -328,7 +329,9 @@ void place_rows(cpu::AttentionProblem& p, const ConstTensorView& q, const Tensor
 
 void run_plan(const cpu::AttentionProblem& problem, const AttentionPlan& plan, Workspace workspace,
               Executor& executor) {
-  const cpu::RunUnitFn run_unit = cpu::run_unit_of(plan.isa, problem);
+  const IsaLevel isa =
+      kernel_level(plan, kernel_kind(problem.q_dtype, problem.k_dtype, problem.v_dtype));
+  const cpu::RunUnitFn run_unit = cpu::run_unit_of(isa, problem);
   const auto address = (reinterpret_cast<std::uintptr_t>(workspace.data) + 63) / 64 * 64;
   float* base = reinterpret_cast<float*>(address);
   const auto layout = plan::scratch_layout(plan.max_unit_rows, plan.head_dim_qk, plan.head_dim_v);
@@ -337,7 +340,7 @@ void run_plan(const cpu::AttentionProblem& problem, const AttentionPlan& plan, W
     return cpu::KernelWorkspace{base, scratch + worker * layout.total, layout,
                                 plan.partial_runs.data(), cpu::thread_phase_clock()};
   };
-  const cpu::ReduceFn reduce = cpu::reduce_of(plan.isa, problem.out_dtype);
+  const cpu::ReduceFn reduce = cpu::reduce_of(isa, problem.out_dtype);
   const std::size_t num_units = num_work(plan.units), num_reductions = num_work(plan.reductions);
   // Which worker takes which unit does not change any bit of the result, so they are taken as they
   // come, the largest first.

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "attend/plan/kernel_choice.h"
 #include "plan/unit_size.h"
 #include "plan/visible_pieces.h"
 
@@ -12,6 +13,11 @@ namespace {
 /// Workers wait for each other before the merge.
 constexpr double kWaitUs = 10.0;
 
+IsaLevel level_of(const CascadeInput& in) {
+  if (in.batch.isa) return *in.batch.isa;
+  return kernel_choice().level(kernel_kind(DType::bf16, in.kv_dtype, in.kv_dtype));
+}
+
 }  // namespace
 
 CascadeCost::CascadeCost(const CascadeInput& input)
@@ -19,8 +25,8 @@ CascadeCost::CascadeCost(const CascadeInput& input)
       group_(input.batch.num_q_heads / input.batch.num_kv_heads),
       unit_rows_(max_unit_rows(input.batch.query_start_loc.back(), input.batch.num_q_heads,
                                input.batch.num_workers)),
-      cost_(unit_cost(input.batch.isa.value_or(active_isa()), input.kv_dtype,
-                      input.batch.head_dim_qk, input.batch.head_dim_v)),
+      cost_(unit_cost(level_of(input), input.kv_dtype, input.batch.head_dim_qk,
+                      input.batch.head_dim_v)),
       shared_(input.batch.seq_lens.size(), 0) {}
 
 /// Time of one unit over one piece.

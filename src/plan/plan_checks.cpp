@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "attend/core/error.h"
+#include "attend/plan/kernel_choice.h"
 #include "core/check.h"
 
 namespace attend::plan {
@@ -93,7 +94,10 @@ void check_shared_prefixes(const AttentionPlanInput& in) {
 }
 
 IsaLevel checked_isa(std::optional<IsaLevel> wanted) {
-  if (!wanted) return active_isa();
+  if (!wanted) {
+    kernel_choice();  // read now: running the plan must not wait for a file
+    return active_isa();
+  }
   const auto levels = available_isa_levels();
   if (std::find(levels.begin(), levels.end(), *wanted) == levels.end())
     throw Unsupported(fmt::format("[plan_attention] ISA level {}", to_string(*wanted)),

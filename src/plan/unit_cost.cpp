@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "attend/plan/kernel_choice.h"
 #include "plan/unit_layout.h"
 
 namespace attend::plan {
@@ -50,7 +51,8 @@ UnitCost unit_cost(IsaLevel isa, DType keys, int head_dim_qk, int head_dim_v) {
 }
 
 PlanEstimate estimate(const AttentionPlan& plan, DType keys) {
-  const UnitCost cost = unit_cost(plan.isa, keys, plan.head_dim_qk, plan.head_dim_v);
+  const IsaLevel isa = kernel_level(plan, kernel_kind(DType::bf16, keys, keys));
+  const UnitCost cost = unit_cost(isa, keys, plan.head_dim_qk, plan.head_dim_v);
   const std::int64_t group = plan.num_q_heads / plan.num_kv_heads;
   PlanEstimate e;
   for (const WorkUnit& u : plan.units) {

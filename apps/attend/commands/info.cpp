@@ -12,6 +12,7 @@
 #include "attend/core/executor.h"
 #include "attend/core/huge_pages.h"
 #include "attend/core/numa.h"
+#include "attend/plan/kernel_choice.h"
 #include "cli.h"
 
 namespace attend::cli {
@@ -70,10 +71,29 @@ std::string huge_page_text(HugePageMode mode) {
   }
 }
 
+std::vector<std::string> kernel_lines(const KernelChoice& choice) {
+  switch (choice.source) {
+    case ChoiceSource::environment:
+      return {"as ATTEND_ISA says"};
+    case ChoiceSource::highest:
+      if (choice.problem.empty())
+        return {"of the highest level (attend tune looks for faster ones)"};
+      return {
+          fmt::format("of the highest level; {} was not used: {}", choice.file, choice.problem)};
+    case ChoiceSource::file:
+      break;
+  }
+  std::vector<std::string> lines = {fmt::format("as measured, {}", choice.file)};
+  for (const KernelKind kind : kKernelKinds)
+    lines.push_back(fmt::format("{} {}", to_string(kind), to_string(choice.level(kind))));
+  return lines;
+}
+
 struct Info {
   CpuInfo cpu = cpu_info();
   std::vector<std::string> isa_levels;
   std::string active = std::string(to_string(active_isa()));
+  KernelChoice kernels = kernel_choice();
   int cpus = available_cpus();
   int threads = default_executor().num_workers();
   std::string platform = to_string(Platform{});
@@ -97,6 +117,11 @@ nlohmann::ordered_json as_json(const Info& info) {
               {"l2_bytes", info.cpu.l2_bytes},
               {"l3_bytes", info.cpu.l3_bytes}};
   j["isa"] = {{"available", info.isa_levels}, {"active", info.active}};
+  j["kernels"] = {{"source", to_string(info.kernels.source)},
+                  {"file", info.kernels.file},
+                  {"problem", info.kernels.problem}};
+  for (const KernelKind kind : kKernelKinds)
+    j["kernels"]["levels"][std::string(to_string(kind))] = to_string(info.kernels.level(kind));
   j["cpus"] = info.cpus;
   j["threads"] = info.threads;
   auto nodes = nlohmann::ordered_json::array();
@@ -119,9 +144,14 @@ void print(const Info& info) {
   row("caches", fmt::format("L1d {}, L2 {} per core; L3 {} shared", size_text(info.cpu.l1d_bytes),
                             size_text(info.cpu.l2_bytes), size_text(info.cpu.l3_bytes)));
   row("isa", fmt::format("{} (active: {})", fmt::join(info.isa_levels, ", "), info.active));
+  const char* label = "kernels";
+  for (const std::string& line : kernel_lines(info.kernels)) {
+    row(label, line);
+    label = "";
+  }
   row("cpus", fmt::to_string(info.cpus));
   row("threads", fmt::to_string(info.threads));
-  const char* label = "memory";
+  label = "memory";
   for (const NumaNode& node : info.numa.nodes) {
     row(label, node_text(node));
     label = "";
@@ -142,7 +172,8 @@ void add_info(CLI::App& app) {
       "default\n"
       "pool has. memory lists the nodes over which caches are spread, huge pages what the kernel "
       "gives\n"
-      "them. isa lists the instruction-set levels that this machine can run.\n\n"
+      "them. isa lists the instruction-set levels that this machine can run, kernels\n"
+      "says which of them is used where a caller names none, and why.\n\n"
       "ATTEND_ISA=LEVEL forces a level (an unavailable one is an error), ATTEND_NUM_THREADS=N "
       "sets\n"
       "the size of the default pool.\n\n"

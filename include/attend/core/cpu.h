@@ -31,7 +31,8 @@ const CpuInfo& cpu_info();
 /// Levels this machine can run, ascending; always starts with scalar.
 std::vector<IsaLevel> available_isa_levels();
 
-/// Level that kernels use unless a plan names one: ATTEND_ISA if set, else the best available.
+/// Highest level of the kernels unless a plan names one: ATTEND_ISA if set, else the best
+/// available. kernel_choice() may have a lower one for some types.
 /// @throws Unsupported if ATTEND_ISA names an unknown level or one this machine lacks.
 IsaLevel active_isa();
 

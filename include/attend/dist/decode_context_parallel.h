@@ -135,7 +135,7 @@ struct DcpAttentionArgs {
 ///   5. merge_attn_states of both.
 /// A collective call. Nothing is sent or written before this rank's arguments are checked; a rank
 /// whose call throws must abort the group, or the others wait for it (run_in_process does).
-/// executor: default_executor() if null; isa: active_isa() if unset.
+/// executor: default_executor() if null; isa: that of kernel_choice() if unset.
 /// @throws InvalidArgument; Unsupported with every reason; CommunicatorAborted.
 void dcp_attention(const DcpAttentionArgs& args, Communicator& communicator,
                    Executor* executor = nullptr, std::optional<IsaLevel> isa = std::nullopt);

@@ -37,7 +37,7 @@ struct AttentionPlanInput {
   int window_right = -1;                         ///< keys visible after it; -1 = all (0 if causal)
   int num_workers = 1;                           ///< workers of the executor that will run the plan
   int max_num_splits = 0;       ///< most parts along keys of a unit: 0 = as many as help, 1 = none
-  std::optional<IsaLevel> isa;  ///< kernel level; unset = active_isa()
+  std::optional<IsaLevel> isa;  ///< kernel level; unset = that of kernel_choice()
   /// Prefixes to attend to once for all requests that share them, or empty. Each lies beside those
   /// before it, or inside of one of them and is longer. The bits of no row depend on them.
   std::span<const SharedPrefix> shared_prefixes;
@@ -88,7 +88,8 @@ struct AttentionPlan {
   int num_q_heads = 0, num_kv_heads = 0, head_dim_qk = 0, head_dim_v = 0;
   int window_left = -1, window_right = -1;
   int num_workers = 1, max_num_splits = 0;
-  IsaLevel isa = IsaLevel::scalar;
+  IsaLevel isa = IsaLevel::scalar;  ///< highest level of the kernels that run it
+  bool isa_given = false;           ///< its maker named the level: kernel_choice() has no say
 
   /// Largest first. Those of an AotPlan end with units and reductions of zeros, which are no work.
   std::vector<WorkUnit> units;

@@ -302,7 +302,7 @@ class FlashAttnBuilder final : public MetadataBuilder {
     input.window_right = plan.window_right;
     input.num_workers = plan.num_workers;
     input.max_num_splits = plan.max_num_splits;
-    input.isa = plan.isa;
+    if (plan.isa_given) input.isa = plan.isa;
     return plan_attention(input);
   }
 
