@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
-#include <unistd.h>
 
 #include <bit>
 #include <cstring>
@@ -12,6 +11,7 @@
 
 #include "attend/cache/value_scales.h"
 #include "attend/core/error.h"
+#include "support/temp_folder.h"
 
 namespace attend {
 namespace {
@@ -21,12 +21,6 @@ using ::testing::HasSubstr;
 // A file of its own for each test.
 class ValueScalesFileTest : public ::testing::Test {
  protected:
-  ValueScalesFileTest()
-      : path_(std::filesystem::temp_directory_path() /
-              ("attend_value_scales_" + std::to_string(getpid()) + "_" +
-               ::testing::UnitTest::GetInstance()->current_test_info()->name())) {}
-  ~ValueScalesFileTest() override { std::filesystem::remove_all(path_); }
-
   std::string path() const { return path_.string(); }
 
   std::string bytes() const {
@@ -57,7 +51,8 @@ class ValueScalesFileTest : public ::testing::Test {
     return "accepted";
   }
 
-  std::filesystem::path path_;
+  const testing::TempFolder folder_;
+  const std::filesystem::path path_ = folder_.path() / "scales";
 };
 
 constexpr const char* kMeta = R"("__metadata__":{"kind":"attend.value_scale","version":"1"})";

@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <gmock/gmock.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <filesystem>
@@ -12,6 +11,7 @@
 #include "cli/run_cli.h"
 #include "serving/content.h"
 #include "support/scale.h"
+#include "support/temp_folder.h"
 
 namespace attend::testing {
 namespace {
@@ -24,15 +24,7 @@ const std::string kSmall =
 // A folder of its own for each test.
 class CalibrateCommand : public ::testing::Test {
  protected:
-  CalibrateCommand()
-      : folder_(std::filesystem::temp_directory_path() /
-                ("attend_calibrate_" + std::to_string(getpid()) + "_" +
-                 ::testing::UnitTest::GetInstance()->current_test_info()->name())) {
-    std::filesystem::create_directory(folder_);
-  }
-  ~CalibrateCommand() override { std::filesystem::remove_all(folder_); }
-
-  std::string path(const std::string& name) const { return (folder_ / name).string(); }
+  std::string path(const std::string& name) const { return (folder_.path() / name).string(); }
   std::string bytes(const std::string& name) const {
     std::ifstream in(path(name), std::ios::binary);
     return {std::istreambuf_iterator<char>(in), {}};
@@ -45,7 +37,7 @@ class CalibrateCommand : public ::testing::Test {
     EXPECT_EQ(r.out, "") << arguments;
   }
 
-  std::filesystem::path folder_;
+  const TempFolder folder_;
 };
 
 TEST_F(CalibrateCommand, WritesTheScalesOfTheRunsValues) {
@@ -143,7 +135,7 @@ TEST_F(CalibrateCommand, BadOptionsAreRefusedBeforeTheRun) {
   expect_refused("calibrate synthetic --model bert-base --output " + path("a"), "with a cache");
   expect_refused("calibrate synthetic --layers 0 --output " + path("a"), "layers");
   expect_refused("calibrate no/such/trace --output " + path("a"), "no/such/trace");
-  EXPECT_TRUE(std::filesystem::is_empty(folder_));
+  EXPECT_TRUE(std::filesystem::is_empty(folder_.path()));
 }
 
 }  // namespace

@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <fmt/format.h>
 #include <gmock/gmock.h>
-#include <unistd.h>
 
 #include <filesystem>
 #include <nlohmann/json.hpp>
 
 #include "cli/run_cli.h"
 #include "support/scale.h"
+#include "support/temp_folder.h"
 
 namespace attend::testing {
 namespace {
@@ -96,18 +96,16 @@ TEST(ReplayCommand, CrossAttentionReportsItsOwnCache) {
 class CalibratedScales {
  public:
   explicit CalibratedScales(const std::string& options)
-      : path_((std::filesystem::temp_directory_path() /
-               ("attend_replay_scales_" + std::to_string(getpid())))
-                  .string()) {
+      : path_((folder_.path() / "scales.safetensors").string()) {
     const CliResult r = run_cli("calibrate synthetic:requests=4,prompt=40,output=5,shared=32 " +
                                 options + " --output " + path_);
     EXPECT_EQ(r.exit_code, 0) << r.err;
   }
-  ~CalibratedScales() { std::filesystem::remove(path_); }
   std::string option() const { return " --value-scales " + path_ + " "; }
 
  private:
-  std::string path_;
+  const TempFolder folder_;
+  const std::string path_;
 };
 
 TEST(ReplayCommand, Int8CachesAreChecked) {

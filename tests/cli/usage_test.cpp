@@ -10,7 +10,8 @@ using ::testing::HasSubstr;
 
 TEST(Usage, HelpTeachesWithExamples) {
   EXPECT_EQ(run_cli("--help").exit_code, 0);
-  for (const std::string command : {"info", "backends", "select", "report", "calibrate", "bench"}) {
+  for (const std::string command :
+       {"info", "backends", "select", "report", "calibrate", "bench", "tune"}) {
     const CliResult r = run_cli(command + " --help");
     EXPECT_EQ(r.exit_code, 0) << command;
     EXPECT_THAT(r.out, HasSubstr("Examples:\n  attend " + command)) << command;

@@ -19,10 +19,13 @@ namespace {
 constexpr float kInf = std::numeric_limits<float>::infinity();
 constexpr int kHeads = 4, kDim = 40, kKeys = 300;
 
-class NonfiniteValues : public ::testing::TestWithParam<std::tuple<IsaLevel, DType>> {};
+/// Which rows see the bad key: those after it, or those before it.
+enum class Hides { the_future, the_past };
+
+class NonfiniteValues : public ::testing::TestWithParam<std::tuple<IsaLevel, DType, Hides>> {};
 
 TEST_P(NonfiniteValues, StayInTheirColumnsOfTheRowsThatSeeThem) {
-  const auto [isa, dtype] = GetParam();
+  const auto [isa, dtype, hides] = GetParam();
   // Few rows, rows that fill some tiles, and one more than that.
   for (const int queries : {2, 24, 25}) {
     HostTensor q(dtype, {queries, kHeads, kDim}), k(dtype, {kKeys, 1, kDim}),
@@ -44,12 +47,16 @@ TEST_P(NonfiniteValues, StayInTheirColumnsOfTheRowsThatSeeThem) {
     args.out = out;
     args.query_start_loc = query_start;
     args.cu_seqlens_kv = key_start;
+    // The last two queries see the bad key, or the first two.
+    constexpr int kWindow = 40;
+    const bool future = hides == Hides::the_future;
+    const int bad_key = future ? kKeys - 2 : kKeys - queries + 1 - kWindow;
+    const auto sees = [&](int row) { return future ? row >= queries - 2 : row < 2; };
     args.params.causal = true;
+    if (!future) args.params.window_left = kWindow;
     flash_attn_varlen(args, nullptr, isa);
     const std::vector<unsigned char> clean = out.snapshot();
 
-    // The second-to-last query is the first that sees the bad key.
-    const int bad_key = kKeys - 2, first_row = queries - 2;
     const float bad[] = {kInf, -kInf, std::numeric_limits<float>::quiet_NaN()};
     for (int c = 0; c < 3; ++c) values[bad_key * kDim + c] = bad[c];
     fill_values();
@@ -64,7 +71,7 @@ TEST_P(NonfiniteValues, StayInTheirColumnsOfTheRowsThatSeeThem) {
                                     std::to_string(row) + " head " + std::to_string(head) +
                                     " column " + std::to_string(c);
           const auto at = static_cast<std::size_t>((row * kHeads + head) * kDim + c) * size;
-          if (row < first_row || c > 2) {
+          if (!sees(row) || c > 2) {
             EXPECT_EQ(std::memcmp(&clean[at], &got[at], size), 0) << where;
           } else if (c == 2) {
             EXPECT_TRUE(std::isnan(get(out, {row, head, c}))) << where;
@@ -79,10 +86,13 @@ TEST_P(NonfiniteValues, StayInTheirColumnsOfTheRowsThatSeeThem) {
 
 INSTANTIATE_TEST_SUITE_P(Levels, NonfiniteValues,
                          ::testing::Combine(::testing::ValuesIn(available_isa_levels()),
-                                            ::testing::Values(DType::f32, DType::f16, DType::bf16)),
+                                            ::testing::Values(DType::f32, DType::f16, DType::bf16),
+                                            ::testing::Values(Hides::the_future, Hides::the_past)),
                          [](const auto& info) {
                            return std::string(to_string(std::get<0>(info.param))) + "_" +
-                                  std::string(to_string(std::get<1>(info.param)));
+                                  std::string(to_string(std::get<1>(info.param))) +
+                                  (std::get<2>(info.param) == Hides::the_future ? "_future"
+                                                                                : "_past");
                          });
 
 }  // namespace

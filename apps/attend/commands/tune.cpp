@@ -30,7 +30,7 @@ struct Options {
 
 constexpr std::string_view kHelp = R"(
 Attention in each type of keys and values is timed with the kernels of every instruction-set level that
-this machine has, as a small prefill and a small decode, for less than a second in all. The highest level
+this machine has, as a small prefill and a small decode, for about two seconds in all. The highest level
 is chosen unless a lower one takes at least 5 % less time. If other programs took more than 2 % of the
 time in three attempts, nothing is written and the exit code is 1, unless --force says so. Else the choice goes to
 $XDG_CACHE_HOME/attend/kernels.json, or ~/.cache/attend/kernels.json, and every process of this user that

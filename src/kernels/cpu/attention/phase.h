@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
-#include <array>
 #include <cstddef>
 #include <cstdint>
 #if !defined(__x86_64__)
@@ -36,14 +35,14 @@ ATTEND_INLINE std::uint64_t tick_count() noexcept {
 
 /// Ticks of one worker in each phase.
 struct PhaseClock {
-  std::array<std::uint64_t, kNumPhases> ticks{};
-  std::uint64_t last = 0;  ///< when `now` began
+  std::uint64_t ticks[kNumPhases] = {};  // no std::array: kernels share no template with other code
+  std::uint64_t last = 0;                ///< when `now` began
   Phase now = Phase::outside;
 
   /// From now on the worker is in phase `next`; returns the one before.
   ATTEND_INLINE Phase enter(Phase next) noexcept {
     const std::uint64_t time = tick_count();
-    ticks.data()[static_cast<std::size_t>(now)] += time - last;
+    ticks[static_cast<std::size_t>(now)] += time - last;
     last = time;
     const Phase before = now;
     now = next;
