@@ -63,6 +63,10 @@ struct Simd {
     p = _mm256_and_ps(p, _mm256_cmp_ps(x, set1(-126.0F), _CMP_NLT_UQ));
     return p;
   }
+  template <int N>
+  ATTEND_INLINE static void exp2_of_each(F (&x)[N]) {
+    for (int v = 0; v < N; ++v) x[v] = exp2(x[v]);
+  }
 
   ATTEND_INLINE static F widen(const float* p) { return _mm256_loadu_ps(p); }
   ATTEND_INLINE static F widen(const bf16* p) {

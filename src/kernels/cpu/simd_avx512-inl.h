@@ -44,6 +44,32 @@ struct Simd {
     const __mmask16 normal = _mm512_cmp_ps_mask(x, set1(-126.0F), _CMP_NLT_UQ);
     return _mm512_maskz_scalef_ps(normal, p, n);
   }
+  /// exp2 of numbers whose integer parts are below 2^22, one step of all vectors after the other:
+  /// one whole vector after the other would fill the scheduler with instructions that wait.
+  template <int N>
+  ATTEND_INLINE static void exp2_of_each(F (&x)[N]) {
+    // Adding rounds to integers, and any port can add. What is too small for that becomes 0.
+    const F magic = set1(12582912.0F);  // 1.5 * 2^23
+    F n[N], f[N], e[N];
+#pragma GCC unroll 8
+    for (int v = 0; v < N; ++v) n[v] = add(x[v], magic);
+#pragma GCC unroll 8
+    for (int v = 0; v < N; ++v) n[v] = sub(n[v], magic);
+#pragma GCC unroll 8
+    for (int v = 0; v < N; ++v) f[v] = sub(x[v], n[v]);
+#pragma GCC unroll 8
+    for (int v = 0; v < N; ++v) e[v] = fma(set1(kExp2Poly[0]), f[v], set1(kExp2Poly[1]));
+#pragma GCC unroll 8
+    for (int i = 2; i < kExp2Terms; ++i) {
+#pragma GCC unroll 8
+      for (int v = 0; v < N; ++v) e[v] = fma(e[v], f[v], set1(kExp2Poly[i]));
+    }
+#pragma GCC unroll 8
+    for (int v = 0; v < N; ++v) {
+      const __mmask16 normal = _mm512_cmp_ps_mask(x[v], set1(-126.0F), _CMP_NLT_UQ);
+      x[v] = _mm512_maskz_scalef_ps(normal, e[v], n[v]);
+    }
+  }
 
   ATTEND_INLINE static F widen(const float* p) { return _mm512_loadu_ps(p); }
   ATTEND_INLINE static F widen(const bf16* p) {

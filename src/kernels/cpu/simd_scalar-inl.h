@@ -88,6 +88,10 @@ struct Simd {
       return p * power(half) * power(e - half);
     });
   }
+  template <int N>
+  ATTEND_INLINE static void exp2_of_each(F (&x)[N]) {
+    for (int v = 0; v < N; ++v) x[v] = exp2(x[v]);
+  }
 
   /// Interleaved columns: x[0], x[2].. and x[1], x[3].. of 8 values; narrow_pairs weaves them
   /// together.

@@ -36,44 +36,46 @@ ATTEND_INLINE void split_weights(Simd::F a, Simd::F b, float* to) {
   std::memcpy(to + kTileDim, &second, sizeof second);
 }
 
-/// softmax_row for logits that want multiplying by t.factor, over a span of whole steps; the sum
-/// runs over 32 virtual lanes. kSplit: weights are stored as two parts.
-template <bool kExtra, bool kSplit>
-ATTEND_INLINE RowSums weigh_row(float* s, KeyRange span, KeyRange visible, const LogitTerms& t) {
-  constexpr float kInf = std::numeric_limits<float>::infinity();
+/// A row of logits that want multiplying by a factor above 0.
+struct ScaledRow {
+  float* s;
+  float factor, max;  // max: of the products with the factor
+};
+
+/// weigh_rows for rows that are still to be multiplied by their factors, over a span of whole
+/// steps; the sums run over 32 virtual lanes. kSplit: weights are stored as two parts. Fetches some
+/// lines of the next piece at each step.
+template <int N, bool kSplit, int kLines, typename Fetch>
+ATTEND_INLINE void weigh_scaled_rows(const ScaledRow* rows, KeyRange span, float* sums,
+                                     Fetch& fetch) {
   constexpr int kVecs = 2;
-  const Simd::F minus_inf = Simd::set1(-kInf), factor = Simd::set1(t.factor);
-  Simd::F max_lanes[kVecs] = {minus_inf, minus_inf};
+  Simd::F factor[N], shift[N], sum[N][kVecs];
+  for (int i = 0; i < N; ++i) {
+    factor[i] = Simd::set1(rows[i].factor);
+    shift[i] = shift_of(rows[i].max);
+    for (int v = 0; v < kVecs; ++v) sum[i][v] = Simd::zero();
+  }
   for (int j = span.lo; j < span.hi; j += kStepDims) {
-    const bool whole = j >= visible.lo && j + kStepDims <= visible.hi;
-    for (int v = 0; v < kVecs; ++v) {
-      const int at = j + v * Simd::kLanes;
-      Simd::F x = finish_logit<kExtra>(Simd::mul(Simd::load(s + at), factor), at, t);
-      if (!whole) x = Simd::keep_range(x, visible.lo - at, visible.hi - at, minus_inf);
-      Simd::store(s + at, x);
-      max_lanes[v] = Simd::max(max_lanes[v], x);
+    Simd::F e[N * kVecs];
+#pragma GCC unroll 4
+    for (int i = 0; i < N; ++i)
+      for (int v = 0; v < kVecs; ++v)
+        e[i * kVecs + v] =
+            Simd::sub(Simd::mul(Simd::load(rows[i].s + j + v * Simd::kLanes), factor[i]), shift[i]);
+    Simd::exp2_of_each(e);
+    if constexpr (kLines > 0) fetch.template lines<kLines>();
+#pragma GCC unroll 4
+    for (int i = 0; i < N; ++i) {
+      float* to = rows[i].s + j;
+      for (int v = 0; v < kVecs; ++v) {
+        const Simd::F x = e[i * kVecs + v];
+        sum[i][v] = Simd::add(sum[i][v], x);
+        if constexpr (!kSplit) Simd::store(to + v * Simd::kLanes, x);
+      }
+      if constexpr (kSplit) split_weights(e[i * kVecs], e[i * kVecs + 1], to);
     }
   }
-  const float m = Simd::reduce_max(Simd::max(max_lanes[0], max_lanes[1]));
-  if (m == -kInf) {
-    for (int j = span.lo; j < span.hi; j += Simd::kLanes) Simd::store(s + j, Simd::zero());
-    return {m, 0.0F};
-  }
-  const Simd::F shift = Simd::set1(m);
-  Simd::F sum[kVecs] = {Simd::zero(), Simd::zero()};
-  for (int j = span.lo; j < span.hi; j += kStepDims) {
-    Simd::F e[kVecs];
-    for (int v = 0; v < kVecs; ++v) {
-      e[v] = Simd::exp2(Simd::sub(Simd::load(s + j + v * Simd::kLanes), shift));
-      sum[v] = Simd::add(sum[v], e[v]);
-    }
-    if constexpr (kSplit) {
-      split_weights(e[0], e[1], s + j);
-    } else {
-      for (int v = 0; v < kVecs; ++v) Simd::store(s + j + v * Simd::kLanes, e[v]);
-    }
-  }
-  return {m, Simd::reduce_add(Simd::add(sum[0], sum[1]))};
+  for (int i = 0; i < N; ++i) sums[i] = Simd::reduce_add(Simd::add(sum[i][0], sum[i][1]));
 }
 
 template <typename K, typename V>
@@ -92,9 +94,8 @@ struct AmxUnitRunner : UnitRunner<bf16, K, V> {
   /// buffers, phases without fetches would leave memory idle. Shares of the time, for heads of 128
   /// dimensions.
   static constexpr int kLinesPerProduct = kStaged ? 1 : 9, kLinesPerCopy = 1,
-                       kLinesPerRow = 48 * sizeof(K) / 2, kLinesPerWeave = 3 * sizeof(V) / 2,
+                       kLinesPerStep = 6 * sizeof(K) / 2, kLinesPerWeave = 3 * sizeof(V) / 2,
                        kLinesPerSum = 8 * sizeof(V) / 2;
-  void fetch_beside_row() { next.template lines<kLinesPerRow>(); }
   /// Queries as sums of so many bf16 numbers.
   int num_parts() const { return p.q_dtype == DType::f32 ? 3 : p.q_dtype == DType::f16 ? 2 : 1; }
   int steps() const { return (p.head_dim_qk + kStepDims - 1) / kStepDims; }
@@ -127,6 +128,10 @@ struct AmxUnitRunner : UnitRunner<bf16, K, V> {
     factors[r] = this->log2_factor(scale);
     const Q* from =
         static_cast<const Q*>(p.q) + p.q_layout.offset(p.query_start_loc, own, i, this->head(r));
+    if constexpr (std::is_same_v<Q, bf16>) {
+      copy_query(r, from);
+      return;
+    }
     alignas(64) float wide[256 + kTileDim];
     if constexpr (sizeof(Q) == 1) {
       bf16 decoded[256 + kTileDim];
@@ -141,6 +146,23 @@ struct AmxUnitRunner : UnitRunner<bf16, K, V> {
         const std::uint32_t bits = std::bit_cast<std::uint32_t>(wide[d]);
         parts()[place(part, r, d)] = bf16{static_cast<std::uint16_t>(bits >> 16)};
         wide[d] -= std::bit_cast<float>(bits & 0xffff0000U);
+      }
+    }
+  }
+  /// A query of one part.
+  void copy_query(int r, const bf16* from) {
+    if (!fetches()) {
+      bf16* to = parts() + place(0, r, 0);
+      std::memcpy(to, from, sizeof(bf16) * static_cast<std::size_t>(p.head_dim_qk));
+      for (int d = p.head_dim_qk; d < padded_dim(); ++d) to[d] = bf16{};
+      return;
+    }
+    for (int d = 0; d < padded_dim(); d += 2) {
+      bf16* to = parts() + place(0, r, d);
+      if (d < p.head_dim_qk) {
+        std::memcpy(to, from + d, 2 * sizeof(bf16));
+      } else {
+        to[0] = to[1] = bf16{};
       }
     }
   }
@@ -363,25 +385,49 @@ struct AmxUnitRunner : UnitRunner<bf16, K, V> {
     }
   }
 
-  void finish_row(int r, int at, KeyRange span, int base) {
+  /// Two rows at once fill the registers.
+  template <typename Self>
+  ATTEND_INLINE void finish_rows(Self& /*self*/, int r, int end, int begin, KeyRange span,
+                                 int base) {
+    for (; r + 2 <= end; r += 2) finish_some<2>(r, r - begin, span, base);
+    for (; r < end; ++r) finish_some<1>(r, r - begin, span, base);
+  }
+  template <int N>
+  ATTEND_NOINLINE void finish_some(int r, int at, KeyRange span, int base) {
+    ScaledRow each[N];
+    for (int i = 0; i < N; ++i) each[i] = finish_row(r + i, at + i, span, base);
+    float sums[N];
+    if (p.v_scale != nullptr) {
+      weigh_scaled_rows<N, false, 0>(each, span, sums, next);
+      for (int i = 0; i < N; ++i) scale_and_split(r + i, each[i].s, span, base);
+    } else if (fetches()) {
+      PrefetchRows<K, V> fetch = next;  // stores do not change it
+      weigh_scaled_rows<N, true, N * kLinesPerStep>(each, span, sums, fetch);
+      next = fetch;
+    } else {
+      weigh_scaled_rows<N, true, 0>(each, span, sums, next);
+    }
+    for (int i = 0; i < N; ++i) {
+      piece_m[r + i] = each[i].max;
+      piece_l[r + i] = sums[i];
+    }
+  }
+  /// Logits of row r, which is row `at` of its block, in whatever unit weigh_scaled_rows takes.
+  ATTEND_INLINE ScaledRow finish_row(int r, int at, KeyRange span, int base) const {
     float* sr = s + std::int64_t{at} * kScoreStride;
     const KeyRange visible{lo[r] - base, hi[r] - base};
     if (p.k_scale != nullptr) multiply_by(sr, key_scales, span);
     const LogitTerms terms = this->logit_terms(r, base, factors[r]);
-    const bool plain = p.softcap == 0.0F && p.alibi_slopes == nullptr;
-    RowSums sums;
-    if (p.v_scale == nullptr) {
-      sums = plain ? weigh_row<false, true>(sr, span, visible, terms)
-                   : weigh_row<true, true>(sr, span, visible, terms);
-    } else {
-      sums = plain ? weigh_row<false, false>(sr, span, visible, terms)
-                   : weigh_row<true, false>(sr, span, visible, terms);
-      multiply_visible_by(sr, value_scales, span, visible);
-      for (int j = span.lo; j < span.hi; j += kStepDims)
-        split_weights(Simd::load(sr + j), Simd::load(sr + j + Simd::kLanes), sr + j);
-    }
-    piece_m[r] = sums.max;
-    piece_l[r] = sums.sum;
+    if (this->has_extra_terms())
+      return {sr, 1.0F, finish_logits<true, true>(sr, span, visible, terms)};
+    // A factor may underflow to 0, and -inf * 0 is NaN.
+    if (factors[r] == 0.0F) return {sr, 1.0F, finish_logits<false, true>(sr, span, visible, terms)};
+    return {sr, factors[r], factors[r] * finish_logits<false, false>(sr, span, visible, terms)};
+  }
+  ATTEND_INLINE void scale_and_split(int r, float* sr, KeyRange span, int base) const {
+    multiply_visible_by(sr, value_scales, span, {lo[r] - base, hi[r] - base});
+    for (int j = span.lo; j < span.hi; j += kStepDims)
+      split_weights(Simd::load(sr + j), Simd::load(sr + j + Simd::kLanes), sr + j);
   }
 
   int column_pairs() const { return (p.head_dim_v + kColumnPair - 1) / kColumnPair; }

@@ -132,7 +132,7 @@ struct CodePairKeyPanel {
 };
 #endif
 
-/// s[r * kPieceSize + j] = sum_d q[r * head_dim + d] * key j's dimension d, R rows.
+/// s[r * kPieceSize + j] = sum_d q[d * kTileRows + r] * key j's dimension d, R rows.
 /// The keys had kKeyBytes bytes an element before they were packed.
 template <int R, int kKeyBytes, typename Keys, typename Prefetch>
 ATTEND_INLINE void qk_tile(const float* q, int head_dim, Keys panel, float* s, Prefetch& prefetch) {
@@ -142,13 +142,15 @@ ATTEND_INLINE void qk_tile(const float* q, int head_dim, Keys panel, float* s, P
     for (int r = 0; r < R; ++r)
       for (int v = 0; v < Simd::kTileVecs; ++v) c[r][v] = Simd::zero();
     Keys keys = panel;
+    const float* dims = q;
     for (int d = 0; d < head_dim; d += kUnroll, keys.next_dims()) {
       prefetch.template beside_qk<kUnroll * kStep * kKeyBytes>();
-      for (int i = 0; i < kUnroll; ++i) {
+#pragma GCC unroll 2
+      for (int i = 0; i < kUnroll; ++i, dims += Simd::kTileRows) {
         Simd::F key[Simd::kTileVecs];
         for (int v = 0; v < Simd::kTileVecs; ++v) key[v] = keys.load(i, j + v * Simd::kLanes);
         for (int r = 0; r < R; ++r) {
-          const Simd::F a = Simd::set1(q[r * head_dim + d + i]);
+          const Simd::F a = Simd::set1(dims[r]);
           for (int v = 0; v < Simd::kTileVecs; ++v) c[r][v] = Simd::fma(a, key[v], c[r][v]);
         }
       }
@@ -265,6 +267,7 @@ ATTEND_INLINE void pv_tile(const PvRows& t, const Values& values, int begin, int
   int j = begin;
   for (; j + kUnroll <= end; j += kUnroll) {
     prefetch.template beside_pv<kUnroll * V * Simd::kLanes * Values::kBytesPerColumn>();
+#pragma GCC unroll 4
     for (int i = 0; i < kUnroll; ++i) add_key(j + i);
   }
   for (; j < end; ++j) add_key(j);

@@ -54,36 +54,8 @@ ATTEND_INLINE __m512i bytes_of(const __m512i (&x)[4]) {
   return _mm512_permutexvar_epi32(deal, _mm512_packus_epi16(low, high));
 }
 
-/// Simd::exp2 of four vectors of numbers that are not above 0, one step of all of them after the
-/// other: one whole vector after the other would fill the scheduler with instructions that wait.
-ATTEND_INLINE void exp2_of_each(Simd::F (&x)[4]) {
-  // Adding rounds to integers, and any port can add. Where x is too large for that, the result is
-  // 0.
-  const Simd::F magic = Simd::set1(12582912.0F);  // 1.5 * 2^23
-  Simd::F n[4], f[4], e[4];
-#pragma GCC unroll 4
-  for (int v = 0; v < 4; ++v) n[v] = Simd::add(x[v], magic);
-#pragma GCC unroll 4
-  for (int v = 0; v < 4; ++v) n[v] = Simd::sub(n[v], magic);
-#pragma GCC unroll 4
-  for (int v = 0; v < 4; ++v) f[v] = Simd::sub(x[v], n[v]);
-#pragma GCC unroll 4
-  for (int v = 0; v < 4; ++v)
-    e[v] = Simd::fma(Simd::set1(kExp2Poly[0]), f[v], Simd::set1(kExp2Poly[1]));
-#pragma GCC unroll 8
-  for (int i = 2; i < kExp2Terms; ++i) {
-#pragma GCC unroll 4
-    for (int v = 0; v < 4; ++v) e[v] = Simd::fma(e[v], f[v], Simd::set1(kExp2Poly[i]));
-  }
-#pragma GCC unroll 4
-  for (int v = 0; v < 4; ++v) {
-    const __mmask16 normal = _mm512_cmp_ps_mask(x[v], Simd::set1(-126.0F), _CMP_NLT_UQ);
-    x[v] = _mm512_maskz_scalef_ps(normal, e[v], n[v]);
-  }
-}
-
 /// Turns logits s[span] into rounded weights at `to`. The sum runs over 16 virtual lanes as in
-/// softmax_row.
+/// weigh_rows.
 ATTEND_INLINE RoundedSums round_logits(const float* s, KeyRange span, float max, std::uint8_t* to) {
   const Simd::F shift = Simd::set1(max), levels = Simd::set1(kWeightLevels);
   Simd::F sum = Simd::zero();
@@ -93,7 +65,7 @@ ATTEND_INLINE RoundedSums round_logits(const float* s, KeyRange span, float max,
     __m512i x[4];
 #pragma GCC unroll 4
     for (int v = 0; v < 4; ++v) e[v] = Simd::sub(Simd::load(s + j + v * Simd::kLanes), shift);
-    exp2_of_each(e);
+    Simd::exp2_of_each(e);
 #pragma GCC unroll 4
     for (int v = 0; v < 4; ++v) {
       sum = Simd::add(sum, e[v]);

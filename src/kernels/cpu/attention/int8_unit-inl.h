@@ -75,11 +75,12 @@ struct Int8UnitRunner : UnitRunner<V, std::int8_t, V> {
   }
 
   /// The tiles have multiplied by the keys' scales.
-  void finish_row(int r, int at, KeyRange span, int base) {
-    const RowSums sums =
-        this->row_probabilities(r, this->s + std::int64_t{at} * kPieceSize, span, base);
-    this->piece_m[r] = sums.max;
-    this->piece_l[r] = sums.sum;
+  float finish_row(int r, float* sr, KeyRange span, int base) const {
+    return this->finish_scaled_row(r, sr, span, base);
+  }
+  void keep_row(int r, int /*at*/, KeyRange /*span*/, int /*base*/, RowSums row) {
+    this->piece_m[r] = row.max;
+    this->piece_l[r] = row.sum;
   }
 };
 
@@ -96,9 +97,9 @@ struct Int8ValuesRunner : Int8UnitRunner<std::int8_t> {
 
   std::uint8_t* weight_row(int at) const { return weights + std::int64_t{at} * kPieceSize; }
 
-  void finish_row(int r, int at, KeyRange span, int base) {
-    Base::finish_row(r, at, span, base);
-    piece_full[r] = piece_l[r];
+  void keep_row(int r, int at, KeyRange span, int /*base*/, RowSums row) {
+    piece_m[r] = row.max;
+    piece_full[r] = row.sum;
     piece_l[r] = round_weights(s + std::int64_t{at} * kPieceSize, span, weight_row(at));
   }
   void clear_row(int at) { std::memset(weight_row(at), 0, kPieceSize); }

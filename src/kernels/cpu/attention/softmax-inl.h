@@ -52,42 +52,82 @@ struct RowSums {
   float max, sum;
 };
 
-/// Turns s[span] (bounds multiples of 16, relative to the piece) into exp2(logit - max) with 0
-/// outside `visible`. The sum runs over 16 virtual lanes in ascending blocks and then a fixed tree:
-/// it does not depend on the span.
-template <bool Extra>
-ATTEND_INLINE RowSums softmax_row(float* s, KeyRange span, KeyRange visible, const LogitTerms& t) {
-  const int begin = span.lo, end = span.hi, lo = visible.lo, hi = visible.hi;
-  constexpr float kInf = std::numeric_limits<float>::infinity();
-  constexpr int kLanes = Simd::kLanes;
-  const Simd::F minus_inf = Simd::set1(-kInf);
-  Simd::F max_lanes = minus_inf;
-  for (int j = begin; j < end; j += kLanes) {
-    Simd::F x = finish_logit<Extra>(Simd::load(s + j), j, t);
-    if (j < lo || j + kLanes > hi) x = Simd::keep_range(x, lo - j, hi - j, minus_inf);
-    if (Extra || j < lo || j + kLanes > hi) Simd::store(s + j, x);
-    max_lanes = Simd::max(max_lanes, x);
+/// Whether all keys of `span` are visible.
+ATTEND_INLINE bool sees_all(KeyRange span, KeyRange visible) {
+  return span.lo >= visible.lo && span.hi <= visible.hi;
+}
+
+/// Maximum of s[span], bounds multiples of 16. Several maxima, or each step would wait for the one
+/// before.
+ATTEND_INLINE float max_of(const float* s, KeyRange span) {
+  constexpr int kVecs = 4, kStep = kVecs * Simd::kLanes;
+  Simd::F top[kVecs];
+  for (int v = 0; v < kVecs; ++v) top[v] = Simd::set1(-std::numeric_limits<float>::infinity());
+  int j = span.lo;
+  for (; j + kStep <= span.hi; j += kStep)
+    for (int v = 0; v < kVecs; ++v)
+      top[v] = Simd::max(top[v], Simd::load(s + j + v * Simd::kLanes));
+  for (; j < span.hi; j += Simd::kLanes) top[0] = Simd::max(top[0], Simd::load(s + j));
+  return Simd::reduce_max(Simd::max(Simd::max(top[0], top[1]), Simd::max(top[2], top[3])));
+}
+
+/// Finishes the logits s[span] (bounds multiples of 16, relative to the piece), -inf outside of
+/// `visible`, and returns their maximum. kFactor: they want multiplying by t.factor first.
+template <bool kExtra, bool kFactor>
+ATTEND_INLINE float finish_logits(float* s, KeyRange span, KeyRange visible, const LogitTerms& t) {
+  if (!kExtra && !kFactor && sees_all(span, visible)) return max_of(s, span);
+  const Simd::F minus_inf = Simd::set1(-std::numeric_limits<float>::infinity());
+  Simd::F top = minus_inf;
+  for (int j = span.lo; j < span.hi; j += Simd::kLanes) {
+    Simd::F x = Simd::load(s + j);
+    if constexpr (kFactor) x = Simd::mul(x, Simd::set1(t.factor));
+    x = finish_logit<kExtra>(x, j, t);
+    const bool cut = j < visible.lo || j + Simd::kLanes > visible.hi;
+    if (cut) x = Simd::keep_range(x, visible.lo - j, visible.hi - j, minus_inf);
+    if (cut || kExtra || kFactor) Simd::store(s + j, x);
+    top = Simd::max(top, x);
   }
-  const float m = Simd::reduce_max(max_lanes);
-  if (m == -kInf) {
-    for (int j = begin; j < end; j += kLanes) Simd::store(s + j, Simd::zero());
-    return {m, 0.0F};
+  return Simd::reduce_max(top);
+}
+
+/// Rows that are weighed together, so that none waits for its own sums.
+inline constexpr int kRowsAtOnce = Simd::kLanes == 16 ? 4 : 2;
+
+/// What is taken from a row's logits: their maximum, or 0 where nothing is visible.
+ATTEND_INLINE Simd::F shift_of(float max) {
+  return Simd::set1(max == -std::numeric_limits<float>::infinity() ? 0.0F : max);
+}
+
+/// Turns the logits of N rows, span (bounds multiples of 16), into exp2(logit - max). The sums run
+/// over 16 virtual lanes in ascending blocks and then a fixed tree: they depend neither on the span
+/// nor on the rows beside.
+template <int N>
+ATTEND_INLINE void weigh_rows(float* const* rows, const float* max, KeyRange span, float* sums) {
+  constexpr int kVecs = 16 / Simd::kLanes;
+  Simd::F shift[N], sum[N][kVecs];
+  for (int i = 0; i < N; ++i) {
+    shift[i] = shift_of(max[i]);
+    for (int v = 0; v < kVecs; ++v) sum[i][v] = Simd::zero();
   }
-  constexpr int kVecs = 16 / kLanes;
-  const Simd::F shift = Simd::set1(m);
-  Simd::F sum[kVecs];
-  for (int v = 0; v < kVecs; ++v) sum[v] = Simd::zero();
-  for (int j = begin; j < end; j += 16) {
+  for (int j = span.lo; j < span.hi; j += 16) {
     for (int v = 0; v < kVecs; ++v) {
-      float* at = s + j + v * kLanes;
-      const Simd::F e = Simd::exp2(Simd::sub(Simd::load(at), shift));
-      Simd::store(at, e);
-      sum[v] = Simd::add(sum[v], e);
+      const int at = j + v * Simd::kLanes;
+      Simd::F e[N];
+#pragma GCC unroll 4
+      for (int i = 0; i < N; ++i) e[i] = Simd::sub(Simd::load(rows[i] + at), shift[i]);
+      Simd::exp2_of_each(e);
+#pragma GCC unroll 4
+      for (int i = 0; i < N; ++i) {
+        Simd::store(rows[i] + at, e[i]);
+        sum[i][v] = Simd::add(sum[i][v], e[i]);
+      }
     }
   }
-  for (int width = kVecs / 2; width > 0; width /= 2)
-    for (int v = 0; v < width; ++v) sum[v] = Simd::add(sum[v], sum[v + width]);
-  return {m, Simd::reduce_add(sum[0])};
+  for (int i = 0; i < N; ++i) {
+    for (int width = kVecs / 2; width > 0; width /= 2)
+      for (int v = 0; v < width; ++v) sum[i][v] = Simd::add(sum[i][v], sum[i][v + width]);
+    sums[i] = Simd::reduce_add(sum[i][0]);
+  }
 }
 
 /// Merges pieces' (m, l) into running ones, ascending, and gives the factors for the accumulators.

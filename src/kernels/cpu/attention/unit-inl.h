@@ -68,6 +68,7 @@ struct UnitRunner : UnitState<T, K, V> {
   /// Rows that see the same span of keys, rows whose logits are held at once, and the divisor of a
   /// span's bounds.
   static constexpr int kTile = Simd::kTileRows, kBlock = plan::kBlockRows, kSpan = 16;
+  static constexpr int kColumnStep = Simd::kTileVecs * Simd::kLanes;
 
   bool packed_panel[plan::kPanels];
   bool values_packed;
@@ -118,17 +119,26 @@ struct UnitRunner : UnitState<T, K, V> {
     const Simd::F factor = Simd::set1(log2_factor(scale));
     const Q* from =
         static_cast<const Q*>(p.q) + p.q_layout.offset(p.query_start_loc, own, i, this->head(r));
-    float* to = q + std::int64_t{r} * p.head_dim_qk;
+    alignas(64) float scaled[256 + Simd::kLanes];
     if constexpr (sizeof(Q) == 1) {
       bf16 decoded[256];
       Simd::decode(from, p.head_dim_qk, decoded);
-      scale_query(decoded, factor, to);
+      scale_query(decoded, factor, scaled);
     } else {
-      scale_query(from, factor, to);
+      scale_query(from, factor, scaled);
     }
+    float* to = query(r);
+    for (int d = 0; d < p.head_dim_qk; ++d) to[d * Simd::kTileRows] = scaled[d];
   }
   void clear_query(int r) {
-    std::memset(q + std::int64_t{r} * p.head_dim_qk, 0, sizeof(float) * p.head_dim_qk);
+    float* to = query(r);
+    for (int d = 0; d < p.head_dim_qk; ++d) to[d * Simd::kTileRows] = 0.0F;
+  }
+  /// Dimension 0 of row r. The rows of a tile lie beside each other, one dimension after the other,
+  /// so that a tile needs one address for all of them.
+  float* query(int r) const {
+    return q + std::int64_t{r / Simd::kTileRows} * Simd::kTileRows * p.head_dim_qk +
+           r % Simd::kTileRows;
   }
 
   /// With softcap the tile computes its argument, else the logit in log2 units.
@@ -136,14 +146,13 @@ struct UnitRunner : UnitState<T, K, V> {
     return p.softcap > 0.0F ? scale / p.softcap : scale * kLog2e;
   }
 
-  /// to = from * factor.
+  /// to = from * factor, up to a whole vector.
   template <typename Q>
   ATTEND_INLINE void scale_query(const Q* from, Simd::F factor, float* to) const {
     int d = 0;
     for (; d + Simd::kLanes <= p.head_dim_qk; d += Simd::kLanes)
       Simd::store(to + d, Simd::mul(Simd::widen(from + d), factor));
 #if ATTEND_HALF_VECTOR
-    // Runs into the next row, which is written after this one, or into padding.
     if (d < p.head_dim_qk) Simd::store(to + d, Simd::mul(Simd::widen_half(from + d), factor));
 #endif
   }
@@ -305,18 +314,30 @@ struct UnitRunner : UnitState<T, K, V> {
     return values_finite = !bad;
   }
 
+  /// Keys of the piece at `base` that each tile of rows [begin, end) sees; {0, 0} for none.
+  static constexpr int kBlockTiles = plan::kBlockRows / Simd::kTileRows;
+  void tile_ranges(int begin, int end, int base, KeyRange* tiles) const {
+    for (int i = 0; i < kBlockTiles; ++i) {
+      const int r = begin + i * Simd::kTileRows;
+      const int tile_end = r + Simd::kTileRows < end ? r + Simd::kTileRows : end;
+      tiles[i] = r < end ? piece_range(r, tile_end, base) : KeyRange{0, 0};
+      if (tiles[i].lo >= tiles[i].hi) tiles[i] = {0, 0};
+    }
+  }
+
   template <typename Self>
   void logits(Self& self, int begin, int end, int base, bool keep_panels) {
     const KeyRange range = piece_range(begin, end, base);
+    KeyRange tiles[kBlockTiles];
+    tile_ranges(begin, end, base, tiles);
     for (int panel = range.lo / plan::kPanelKeys; panel * plan::kPanelKeys < range.hi; ++panel) {
       const auto* keys = self.k_panel(panel, keep_panels);
       const int key_begin = panel * plan::kPanelKeys;
-      for (int r = begin; r < end; r += Simd::kTileRows) {
-        const int tile_end = r + Simd::kTileRows < end ? r + Simd::kTileRows : end;
-        const KeyRange tile = piece_range(r, tile_end, base);
-        if (key_begin >= tile.hi || key_begin + plan::kPanelKeys <= tile.lo) continue;
+      for (int i = 0; i < kBlockTiles; ++i) {
+        if (key_begin >= tiles[i].hi || key_begin + plan::kPanelKeys <= tiles[i].lo) continue;
+        const int r = begin + i * Simd::kTileRows;
         float* sr = s + std::int64_t{r - begin} * kPieceSize + key_begin;
-        with_tile_rows(tile_end - r, [&](auto height) ATTEND_LAMBDA {
+        with_tile_rows(end - r, [&](auto height) ATTEND_LAMBDA {
           self.template multiply_panel<decltype(height)::value>(r, keys, key_begin, sr);
         });
       }
@@ -326,7 +347,7 @@ struct UnitRunner : UnitState<T, K, V> {
   /// Logits of rows [r, r + R) and one panel.
   template <int R>
   void multiply_panel(int r, const float* keys, int /*key_begin*/, float* sr) {
-    const float* qr = q + std::int64_t{r} * p.head_dim_qk;
+    const float* qr = query(r);
 #if ATTEND_VBMI
     if constexpr (kMayPackCodes) {
       if (packs_codes()) {
@@ -366,13 +387,6 @@ struct UnitRunner : UnitState<T, K, V> {
     return t;
   }
 
-  RowSums row_probabilities(int r, float* sr, KeyRange span, int base) const {
-    const KeyRange visible{lo[r] - base, hi[r] - base};
-    const LogitTerms t = logit_terms(r, base, 1.0F);
-    return has_extra_terms() ? softmax_row<true>(sr, span, visible, t)
-                             : softmax_row<false>(sr, span, visible, t);
-  }
-
   template <typename Self>
   void probabilities(Self& self, int begin, int end, int base) {
     for (int r0 = begin; r0 < end; r0 += Self::kTile) {
@@ -397,46 +411,72 @@ struct UnitRunner : UnitState<T, K, V> {
   /// Weights and sums of rows [r, end) of the block from `begin` on.
   template <typename Self>
   ATTEND_INLINE void finish_rows(Self& self, int r, int end, int begin, KeyRange span, int base) {
-    for (; r < end; ++r) {
-      if (self.fetches()) self.fetch_beside_row();
-      self.finish_row(r, r - begin, span, base);
-    }
+    for (; r + kRowsAtOnce <= end; r += kRowsAtOnce)
+      self.template finish_some<kRowsAtOnce>(self, r, r - begin, span, base);
+    for (; r < end; ++r) self.template finish_some<1>(self, r, r - begin, span, base);
   }
   void fetch_beside_row() { next.template lines<16>(); }
 
-  /// Weights and sums of row r, which is row `at` of its block.
-  void finish_row(int r, int at, KeyRange span, int base) {
-    float* sr = s + std::int64_t{at} * kPieceSize;
+  /// Weights and sums of N rows from r on, which is row `at` of its block.
+  template <int N, typename Self>
+  ATTEND_NOINLINE void finish_some(Self& self, int r, int at, KeyRange span, int base) {
+    float* each[N];
+    float max[N], sums[N];
+    for (int i = 0; i < N; ++i) {
+      if (self.fetches()) self.fetch_beside_row();
+      each[i] = s + std::int64_t{at + i} * kPieceSize;
+      max[i] = self.finish_row(r + i, each[i], span, base);
+    }
+    weigh_rows<N>(each, max, span, sums);
+    for (int i = 0; i < N; ++i) self.keep_row(r + i, at + i, span, base, {max[i], sums[i]});
+  }
+
+  /// Logits of row r, and their maximum.
+  float finish_row(int r, float* sr, KeyRange span, int base) const {
     if (p.k_scale != nullptr) multiply_by(sr, key_scales, span);
-    const RowSums sums = row_probabilities(r, sr, span, base);
-    piece_m[r] = sums.max;
-    piece_l[r] = sums.sum;
+    return finish_scaled_row(r, sr, span, base);
+  }
+  float finish_scaled_row(int r, float* sr, KeyRange span, int base) const {
+    const KeyRange visible{lo[r] - base, hi[r] - base};
+    const LogitTerms t = logit_terms(r, base, 1.0F);
+    return has_extra_terms() ? finish_logits<true, false>(sr, span, visible, t)
+                             : finish_logits<false, false>(sr, span, visible, t);
+  }
+  /// Weights of row r, which is row `at` of its block, with their sums.
+  void keep_row(int r, int at, KeyRange span, int base, RowSums row) {
+    piece_m[r] = row.max;
+    piece_l[r] = row.sum;
     // A masked key's scale may be NaN: its weight stays 0.
     if (p.v_scale != nullptr)
-      multiply_visible_by(sr, value_scales, span, {lo[r] - base, hi[r] - base});
+      multiply_visible_by(s + std::int64_t{at} * kPieceSize, value_scales, span,
+                          {lo[r] - base, hi[r] - base});
   }
   void clear_row(int at) {
     std::memset(s + std::int64_t{at} * kPieceSize, 0, sizeof(float) * kPieceSize);
   }
 
-  /// Adds the piece's values to rows [r, r + height) over keys `tile`.
+  PvRows pv_rows(int r, int begin) const {
+    return {s + std::int64_t{r - begin} * kPieceSize, acc + std::int64_t{r} * dv_padded, dv_padded,
+            keep + r, take + r};
+  }
+
+  /// Adds the piece's packed values to rows [r, r + R) over keys `tile`, one step of columns.
+  template <int R>
+  void add_packed_values(int r, int begin, int col, KeyRange tile) const {
+    const float* panel =
+        v_panels + std::int64_t{col / plan::kPanelCols} * kPieceSize * plan::kPanelCols;
+    NoPrefetch none;
+    pv_tile<R, Simd::kTileVecs>(pv_rows(r, begin).at(col),
+                                PackedValues{panel + col % plan::kPanelCols}, tile.lo, tile.hi,
+                                none);
+  }
+
+  /// Adds the piece's values to rows [r, r + R) over keys `tile`. All columns of a few keys at a
+  /// time: whole rows follow each other in memory, which is what hardware prefetchers like. The
+  /// panels are free and hold the sums between two groups of keys.
   template <int R>
   void add_values(int r, int begin, KeyRange tile) {
-    const float* probs = s + std::int64_t{r - begin} * kPieceSize;
-    PvRows t{probs, acc + std::int64_t{r} * dv_padded, dv_padded, keep + r, take + r};
-    constexpr int kStep = Simd::kTileVecs * Simd::kLanes;
-    if (values_packed) {
-      NoPrefetch none;
-      for (int c = 0; c < dv_padded; c += kStep) {
-        const float* panel =
-            v_panels + std::int64_t{c / plan::kPanelCols} * kPieceSize * plan::kPanelCols;
-        pv_tile<R, Simd::kTileVecs>(t.at(c), PackedValues{panel + c % plan::kPanelCols}, tile.lo,
-                                    tile.hi, none);
-      }
-      return;
-    }
-    // All columns of a few rows at a time: whole rows follow each other in memory, which is what
-    // hardware prefetchers like. The panels are free and hold the sums between two groups of rows.
+    PvRows t = pv_rows(r, begin);
     t.parked = v_panels;
     for (int from = tile.lo; from < tile.hi;) {
       const int group_end = (from / plan::kPanelKeys + 1) * plan::kPanelKeys;
@@ -454,7 +494,7 @@ struct UnitRunner : UnitState<T, K, V> {
   /// The columns of add_values for keys as they lie in the cache.
   template <int R>
   ATTEND_INLINE void add_cached_values(PvRows t, KeyRange keys) {
-    constexpr int kStep = Simd::kTileVecs * Simd::kLanes;
+    constexpr int kStep = kColumnStep;
     const auto columns = [&](auto values) ATTEND_LAMBDA {
       if constexpr (2 * R <= Simd::kTileRows)
         for (; values.col + 2 * kStep <= p.head_dim_v; values.col += 2 * kStep)
@@ -490,21 +530,49 @@ struct UnitRunner : UnitState<T, K, V> {
   }
 
   void outputs(int begin, int end, int base, KeyRange unit_range) {
-    if (!values_packed && rows > Simd::kTileRows) pack_values(unit_range);
-    for (int r = begin; r < end; r += Simd::kTileRows) {
+    if (rows > Simd::kTileRows && !values_packed) pack_values(unit_range);
+    KeyRange tiles[kBlockTiles];
+    tile_ranges(begin, end, base, tiles);
+    for (int i = 0; i < kBlockTiles; ++i) {
+      if (tiles[i].lo >= tiles[i].hi) continue;
+      const int r = begin + i * Simd::kTileRows;
       const int tile_end = r + Simd::kTileRows < end ? r + Simd::kTileRows : end;
-      const KeyRange tile = piece_range(r, tile_end, base);
-      if (tile.lo >= tile.hi) continue;
-      if (same_masks(r, tile_end, base) || all_values_finite(unit_range)) {
-        with_tile_rows(tile_end - r, [&](auto height) ATTEND_LAMBDA {
-          add_values<decltype(height)::value>(r, begin, tile);
-        });
+      if (same_masks(r, tile_end, base) || all_values_finite(unit_range)) continue;
+      add_to_each(r, tile_end, begin, base);
+      tiles[i] = {0, 0};
+    }
+    if (values_packed) {
+      add_packed_to_tiles(begin, end, tiles);
+    } else if (tiles[0].lo < tiles[0].hi) {
+      with_tile_rows(end - begin, [&](auto height) ATTEND_LAMBDA {
+        add_values<decltype(height)::value>(begin, begin, tiles[0]);
+      });
+    }
+  }
+
+  /// Adds the values to each row by itself: an infinite or NaN value behind one row's mask must not
+  /// reach that row through 0 * inf.
+  ATTEND_NOINLINE void add_to_each(int r, int end, int begin, int base) {
+    for (; r < end; ++r) {
+      const KeyRange own = piece_range(r, r + 1, base);
+      if (own.lo >= own.hi) continue;
+      if (!values_packed) {
+        add_values<1>(r, begin, own);
         continue;
       }
-      // An infinite or NaN value behind one row's mask must not reach that row through 0 * inf.
-      for (int i = r; i < tile_end; ++i) {
-        const KeyRange own = piece_range(i, i + 1, base);
-        if (own.lo < own.hi) add_values<1>(i, begin, own);
+      for (int c = 0; c < dv_padded; c += kColumnStep) add_packed_values<1>(r, begin, c, own);
+    }
+  }
+
+  /// A panel of values stays in the nearest cache until all tiles of the block have it.
+  void add_packed_to_tiles(int begin, int end, const KeyRange* tiles) const {
+    for (int c = 0; c < dv_padded; c += kColumnStep) {
+      for (int i = 0; i < kBlockTiles; ++i) {
+        if (tiles[i].lo >= tiles[i].hi) continue;
+        const int r = begin + i * Simd::kTileRows;
+        with_tile_rows(end - r, [&](auto height) ATTEND_LAMBDA {
+          add_packed_values<decltype(height)::value>(r, begin, c, tiles[i]);
+        });
       }
     }
   }
