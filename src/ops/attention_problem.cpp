@@ -345,11 +345,20 @@ void run_plan(const cpu::AttentionProblem& problem, const AttentionPlan& plan, W
   // Which worker takes which unit does not change any bit of the result, so they are taken as they
   // come, the largest first.
   std::atomic<std::size_t> next_unit{0}, units_done{0}, next_reduction{0};
+  const std::size_t reserve = std::size_t{2} * static_cast<std::size_t>(plan.num_workers);
   const auto work = [&](int worker) {
-    const cpu::KernelWorkspace ws = worker_workspace(worker);
-    for (std::size_t i; (i = next_unit.fetch_add(1, std::memory_order_relaxed)) < num_units;) {
+    cpu::KernelWorkspace ws = worker_workspace(worker);
+    const auto take = [&] { return next_unit.fetch_add(1, std::memory_order_relaxed); };
+    for (std::size_t i = take(), after = 0; i < num_units; i = after) {
+      // A worker that knows its next unit fetches the first keys of it. Towards the end none takes
+      // what another one could begin with at once.
+      const bool many = i + reserve < num_units;
+      if (many) after = take();
+      ws.following = many && after < num_units ? &plan.units[after] : nullptr;
       run_unit(problem, plan.units[i], ws);
+      ws.fetched = ws.following != nullptr;
       units_done.fetch_add(1, std::memory_order_release);
+      if (!many) after = take();
     }
     if (num_reductions == 0) return;
     // The last units are small: waiting for them takes less than starting the workers again.

@@ -99,6 +99,10 @@ struct KernelWorkspace {
   plan::ScratchLayout layout;
   const PartialRun* runs = nullptr;  ///< the plan's
   PhaseClock* clock = nullptr;       ///< this worker's; null = not measured
+  /// This worker's next unit, whose first keys and values are fetched beside the end of this one;
+  /// null = not known yet.
+  const WorkUnit* following = nullptr;
+  bool fetched = false;  ///< the unit before this one knew that this one follows
 };
 
 /// Computes a unit: writes out (and lse), or partials of its pieces.

@@ -13,49 +13,56 @@ inline constexpr int kUnroll = 4;
 /// fetches about one piece.
 template <typename K, typename V>
 struct PrefetchRows {
-  const K* const* keys;    // kPieceSize rows: keys first,
+  const K* const* keys;    // rows [lo, hi) of kPieceSize: keys first,
   const V* const* values;  // then values
   int head_dim_qk, head_dim_v;
-  int row = 0;               // next row that no run holds yet
+  int lo, hi;
+  const void* near;          // 4 KiB that are in the nearest cache: what is fetched at the end
+  int row;                   // next row that no run holds yet; values count from kPieceSize on
   const char* at = nullptr;  // the current run of rows that follow each other in memory
   const char* run_end = nullptr;
 
   /// Touches each 4 KiB of the rows once, so that later fetches find their addresses translated.
   ATTEND_INLINE void touch_pages() const {
     const int key_step = pages_step(head_dim_qk * static_cast<int>(sizeof(K)));
-    for (int j = 0; j < kPieceSize; j += key_step) __builtin_prefetch(keys[j], 0, 2);
+    for (int j = lo; j < hi; j += key_step) __builtin_prefetch(keys[j], 0, 2);
     const int value_step = pages_step(head_dim_v * static_cast<int>(sizeof(V)));
-    for (int j = 0; j < kPieceSize; j += value_step) __builtin_prefetch(values[j], 0, 2);
+    for (int j = lo; j < hi; j += value_step) __builtin_prefetch(values[j], 0, 2);
   }
   /// Rows that make up about 4 KiB.
   ATTEND_INLINE static int pages_step(int row_bytes) {
-    constexpr int kPageBytes = 4096;
     return row_bytes < kPageBytes ? kPageBytes / row_bytes : 1;
   }
+  static constexpr int kPageBytes = 4096;
   ATTEND_INLINE void next_run() {
-    if (row < kPieceSize) {
+    if (row < hi) {
       follow(keys, head_dim_qk, 0);
-    } else {
-      // At the end the last row is fetched again and again, which is harmless.
-      if (row == 2 * kPieceSize) --row;
-      follow(values, head_dim_v, kPieceSize);
+      return;
     }
+    if (row < kPieceSize + lo) row = kPieceSize + lo;
+    if (row < kPieceSize + hi) {
+      follow(values, head_dim_v, kPieceSize);
+      return;
+    }
+    at = static_cast<const char*>(near);
+    run_end = at + kPageBytes;
   }
   /// Takes rows of `rows`, the first of which has number `first`, as long as they are adjacent.
   template <typename T>
   ATTEND_INLINE void follow(const T* const* rows, int dim, int first) {
+    const int end = first + hi;
     const T* from = rows[row - first];
     const T* after = from + dim;
     const T* const* at_row = rows + (++row - first);
     // Runs are long: a block of rows is taken for adjacent if its ends are.
     constexpr int kRows = 16;
-    while (row + kRows <= first + kPieceSize && at_row[0] == after &&
+    while (row + kRows <= end && at_row[0] == after &&
            at_row[kRows - 1] == after + (kRows - 1) * dim) {
       row += kRows;
       at_row += kRows;
       after += kRows * dim;
     }
-    for (; row < first + kPieceSize && *at_row == after; ++row, ++at_row) after += dim;
+    for (; row < end && *at_row == after; ++row, ++at_row) after += dim;
     at = reinterpret_cast<const char*>(from);
     run_end = reinterpret_cast<const char*>(after);
   }

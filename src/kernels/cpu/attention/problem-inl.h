@@ -89,6 +89,8 @@ struct UnitState {
   static constexpr bool kStaged = !std::is_same_v<T, V>;
   const AttentionProblem& p;
   const WorkUnit& u;
+  const WorkUnit* following;
+  bool fetched;
   PhaseClock* clock;
   int rows;  // query rows: token-major, then head of the group
   int dv_padded;
@@ -127,6 +129,8 @@ struct UnitState {
   UnitState(const AttentionProblem& problem, const WorkUnit& unit, const KernelWorkspace& ws)
       : p(problem),
         u(unit),
+        following(ws.following),
+        fetched(ws.fetched),
         clock(ws.clock),
         rows((unit.q_end - unit.q_begin) * problem.group_size),
         dv_padded(ws.layout.padded_dv) {

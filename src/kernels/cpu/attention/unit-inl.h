@@ -56,11 +56,11 @@ struct Decoder {
 template <typename T, typename K, typename V>
 struct UnitRunner : UnitState<T, K, V> {
   using Base = UnitState<T, K, V>;
-  using Base::acc, Base::clock, Base::dv_padded, Base::hi, Base::k_panels, Base::k_rows, Base::keep,
-      Base::key_scales, Base::kStaged, Base::l, Base::lo, Base::m, Base::next_k_rows,
-      Base::next_v_rows, Base::p, Base::piece_l, Base::piece_m, Base::q, Base::request, Base::rows,
-      Base::s, Base::staged_k, Base::staged_v, Base::stored_k_rows, Base::stored_v_rows, Base::take,
-      Base::u, Base::v_panels, Base::v_rows, Base::value_scales;
+  using Base::acc, Base::clock, Base::dv_padded, Base::fetched, Base::following, Base::hi,
+      Base::k_panels, Base::k_rows, Base::keep, Base::key_scales, Base::kStaged, Base::l, Base::lo,
+      Base::m, Base::next_k_rows, Base::next_v_rows, Base::p, Base::piece_l, Base::piece_m, Base::q,
+      Base::request, Base::rows, Base::s, Base::staged_k, Base::staged_v, Base::stored_k_rows,
+      Base::stored_v_rows, Base::take, Base::u, Base::v_panels, Base::v_rows, Base::value_scales;
   using Base::Base;
 
   /// Whether rows that fill up a tile have to be cleared.
@@ -75,7 +75,8 @@ struct UnitRunner : UnitState<T, K, V> {
   bool values_late;  // staged: decoded a few rows at a time, where they are multiplied
   bool values_finite;
   bool values_scanned;
-  bool has_next;  // the next_ pointers are set
+  bool has_next;  // the next_ pointers are set, for
+  KeyRange next_range;
   PrefetchRows<K, V> next;
 
   template <typename Self>
@@ -180,13 +181,13 @@ struct UnitRunner : UnitState<T, K, V> {
     return range;
   }
 
-  /// Pointers for the keys of `range` of the piece at `base`; the other entries repeat the first,
-  /// so that packing and prefetching never touch a row that no query sees.
-  void point_rows(KeyRange range, int base) {
-    const HeadRows<K> k{static_cast<const K*>(p.k) + u.kv_head * p.k_strides.head, p.k_strides,
-                        u.request};
-    const HeadRows<V> v{static_cast<const V*>(p.v) + u.kv_head * p.v_strides.head, p.v_strides,
-                        u.request};
+  /// Pointers for the keys of `range` of a unit's piece at `base`; the other entries repeat the
+  /// first, so that packing and prefetching never touch a row that no query sees.
+  void point_rows(const WorkUnit& unit, KeyRange range, int base) {
+    const HeadRows<K> k{static_cast<const K*>(p.k) + unit.kv_head * p.k_strides.head, p.k_strides,
+                        unit.request};
+    const HeadRows<V> v{static_cast<const V*>(p.v) + unit.kv_head * p.v_strides.head, p.v_strides,
+                        unit.request};
     fill_rows(p, k, base + range.lo, base + range.hi, next_k_rows + range.lo);
     fill_rows(p, v, base + range.lo, base + range.hi, next_v_rows + range.lo);
     const auto repeat = [&](int begin, int end) {
@@ -209,10 +210,10 @@ struct UnitRunner : UnitState<T, K, V> {
                  [&](int j, const float* scale) ATTEND_LAMBDA { to[j - base] = *scale; });
   }
 
-  /// Fetches what load_scales will read, once a line.
-  ATTEND_NOINLINE void fetch_scales(const float* scales, const KvStrides& strides, KeyRange range,
-                                    int base) const {
-    const HeadRows<float> rows_of_one{scales + u.kv_head * strides.head, strides, u.request};
+  /// Fetches what load_scales will read for a unit, once a line.
+  ATTEND_NOINLINE void fetch_scales(const WorkUnit& unit, const float* scales,
+                                    const KvStrides& strides, KeyRange range, int base) const {
+    const HeadRows<float> rows_of_one{scales + unit.kv_head * strides.head, strides, unit.request};
     std::uintptr_t last = 0;
     for_each_key(p, rows_of_one, base + range.lo, base + range.hi,
                  [&](int, const float* scale) ATTEND_LAMBDA {
@@ -694,16 +695,56 @@ struct UnitRunner : UnitState<T, K, V> {
     }
   }
 
-  void point_next(int piece) {
+  /// Visible keys of a unit's first piece, relative to it; none if it has more rows than decode.
+  KeyRange first_range(const WorkUnit& unit, int max_rows) const {
+    if ((unit.q_end - unit.q_begin) * p.group_size > max_rows) return {0, 0};
+    const int base = unit.piece_begin * kPieceSize;
+    KeyRange range{kPieceSize, 0};
+    int own = unit.request;
+    for (int i = unit.q_begin; i < unit.q_end; ++i) {
+      const int tok = p.query_start_loc[unit.request] + i;
+      while (tok >= p.query_start_loc[own + 1]) ++own;
+      const KeyRange visible = visible_keys(p, own, this->position(own, tok));
+      const int begin = visible.lo - base, end = visible.hi - base;
+      range.lo = begin < range.lo ? begin : range.lo;
+      range.hi = end > range.hi ? end : range.hi;
+    }
+    return {range.lo < 0 ? 0 : range.lo, range.hi > kPieceSize ? kPieceSize : range.hi};
+  }
+
+  /// Points at the rows of a piece, or, if the unit has no more, at those of the first piece of the
+  /// unit that follows.
+  template <typename Self>
+  void point_next(Self& self, int piece) {
+    const bool own = piece < u.piece_end;
     has_next = false;
-    if (piece >= u.piece_end) return;
-    const int base = piece * kPieceSize;
-    const KeyRange range = piece_range(0, rows, base);
-    if (range.lo >= range.hi) return;
-    point_rows(range, base);
-    if (p.k_scale != nullptr) fetch_scales(p.k_scale, p.k_scale_strides, range, base);
-    if (p.v_scale != nullptr) fetch_scales(p.v_scale, p.v_scale_strides, range, base);
+    if (!own && (following == nullptr || !self.fetches())) return;
+    const WorkUnit& unit = own ? u : *following;
+    const int base = (own ? piece : unit.piece_begin) * kPieceSize;
+    next_range = own ? piece_range(0, rows, base) : first_range(unit, Self::kTile);
+    if (next_range.lo >= next_range.hi) return;
+    point_rows(unit, next_range, base);
+    if (p.k_scale != nullptr) fetch_scales(unit, p.k_scale, p.k_scale_strides, next_range, base);
+    if (p.v_scale != nullptr) fetch_scales(unit, p.v_scale, p.v_scale_strides, next_range, base);
     has_next = true;
+  }
+
+  /// Fetches what comes next beside this piece. If that is not known, the values of a piece that
+  /// nothing fetched before.
+  void start_fetching(int piece) {
+    KeyRange range = next_range;
+    if (!has_next) {
+      range = piece_range(0, rows, piece * kPieceSize);
+      if (piece > u.piece_begin || fetched || range.lo >= range.hi) range = {0, 0};
+    }
+    next = {has_next ? next_k_rows : stored_k_rows,
+            has_next ? next_v_rows : stored_v_rows,
+            p.head_dim_qk,
+            p.head_dim_v,
+            range.lo,
+            range.hi,
+            s,
+            has_next ? range.lo : kPieceSize};
   }
 
   template <typename Self>
@@ -711,15 +752,13 @@ struct UnitRunner : UnitState<T, K, V> {
     const InPhase own(clock, Phase::rows);
     load_queries(self);
     const bool stores = u.partial_slot >= 0, merges = u.partial_stride == 0;
-    point_next(u.piece_begin);
+    point_next(self, u.piece_begin);
     for (int piece = u.piece_begin; piece < u.piece_end; ++piece) {
       this->enter(Phase::pack);
       exchange(stored_k_rows, next_k_rows);
       exchange(stored_v_rows, next_v_rows);
-      point_next(piece + 1);
-      // Without a next piece the lines at hand are fetched again.
-      next = {has_next ? next_k_rows : stored_k_rows, has_next ? next_v_rows : stored_v_rows,
-              p.head_dim_qk, p.head_dim_v};
+      point_next(self, piece + 1);
+      start_fetching(piece);
       if (self.fetches() && has_next) next.touch_pages();
       next.next_run();
       self.stage(piece);
