@@ -79,6 +79,7 @@ AttentionProblem::Call AttentionProblem::make_call(int begin, int end) const {
   const Batch part = make_batch(std::span(s_.requests).subspan(first, last - first), 0);
   AttentionPlanInput in = plan_input(part, s_.heads, executor_);
   in.window_left = s_.window_left;
+  in.arithmetic = s_.arithmetic;
   CascadeInput cascade;
   cascade.mode = s_.flat ? CascadeMode::off : CascadeMode::automatic;
   cascade.batch = in;
@@ -112,7 +113,7 @@ FlashAttnWithKvCacheArgs AttentionProblem::kvcache_args() const {
 
 void AttentionProblem::run() {
   if (s_.layout == Layout::nhd) {
-    flash_attn_with_kvcache(kvcache_, &executor_);
+    flash_attn_with_kvcache(kvcache_, &executor_, s_.arithmetic);
   } else {
     whole_.run(executor_);
   }
@@ -176,7 +177,7 @@ std::string AttentionProblem::verify_row(const Row& row) const {
   const int kv_head = row.head / s_.heads.group();
   oracle::RowProblem p = row_problem(batch_, s_.heads, row);
   p.window_left = s_.window_left;
-  p.split_weights = oracle::splits_weights(s_.kv_dtype);
+  p.split_weights = s_.arithmetic != Arithmetic::exact && oracle::splits_weights(s_.kv_dtype);
   p.q = [&](int d) { return value_at(q_.data(), s_.dtype, at + d); };
   p.k = [&](std::int64_t j, int d) { return kv_value(k_, kv_head, batch_.row(row.request, j), d); };
   p.v = [&](std::int64_t j, int d) { return kv_value(v_, kv_head, batch_.row(row.request, j), d); };

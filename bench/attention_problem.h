@@ -33,6 +33,7 @@ struct AttentionShape {
   int shared_keys = 0;    ///< hnd: the first keys of all requests are the same blocks
   bool flat = false;      ///< each request attends to shared keys for itself, come what may
   int first_prefill = 0;  ///< hnd: requests before it, decodes, and from it on are parts of a mix
+  Arithmetic arithmetic = Arithmetic::automatic;  ///< as in AttentionPlanInput
 };
 
 class AttentionProblem : public Problem {

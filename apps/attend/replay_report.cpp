@@ -105,6 +105,8 @@ nlohmann::ordered_json to_json(const ReplayReport& report) {
   j["model"] = report.model.name;
   j["isa"] = to_string(active_isa());
   j["kernels"] = to_string(kernel_choice().source);
+  j["kernel_level"] = to_string(r.isa);
+  j["arithmetic"] = arithmetic_name(r.isa, r.kernel_kind);
   j["threads"] = report.threads;
   return j;
 }
@@ -114,10 +116,9 @@ void print_table(const ReplayReport& report, std::FILE* out) {
   fmt::print(out, "{:<18}{} ({})\n", "trace", report.trace.name, report.trace.format);
   fmt::print(out, "{:<18}{}, {} layer{}, {}\n", "model", report.model.name, report.num_layers,
              report.num_layers == 1 ? "" : "s", to_string(r.dtype));
-  fmt::print(out, "{:<18}{}, kernels {}{}, {} thread{}\n", "back end", r.backend,
-             to_string(active_isa()),
-             kernel_choice().source == ChoiceSource::file ? " or lower, as measured" : "",
-             report.threads, report.threads == 1 ? "" : "s");
+  fmt::print(out, "{:<18}{}, kernels {}{}, {} arithmetic, {} thread{}\n", "back end", r.backend,
+             to_string(r.isa), kernel_choice().source == ChoiceSource::file ? " (as measured)" : "",
+             arithmetic_name(r.isa, r.kernel_kind), report.threads, report.threads == 1 ? "" : "s");
   fmt::print(out, "{:<18}{} with {} prompt and {} generated tokens\n", "requests", r.requests,
              r.prompt_tokens, r.counters.generated_tokens);
   fmt::print(out, "{:<18}{:.0f}\n", "tokens/s", r.tokens_per_second());

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <array>
 #include <exception>
+#include <iterator>
 
 #include "attend/core/error.h"
 
@@ -25,20 +26,22 @@ bool matches(std::string_view pattern, std::string_view text) {
   return matches(pattern.substr(1), text.substr(1));
 }
 
-std::vector<const Op*> chosen_ops(const std::vector<std::string>& patterns) {
-  std::vector<const Op*> chosen;
-  for (const Op& op : ops()) {
+std::vector<const Op*> chosen_ops(const std::vector<std::string>& patterns, Arithmetic arithmetic) {
+  std::vector<const Op*> possible, chosen;
+  for (const Op& op : ops())
+    if (arithmetic == Arithmetic::automatic || op.has_arithmetic) possible.push_back(&op);
+  for (const Op* op : possible) {
     const bool wanted =
         patterns.empty() || std::any_of(patterns.begin(), patterns.end(),
-                                        [&](const auto& p) { return matches(p, op.name); });
-    if (wanted) chosen.push_back(&op);
+                                        [&](const auto& p) { return matches(p, op->name); });
+    if (wanted) chosen.push_back(op);
   }
   for (const std::string& pattern : patterns) {
-    const bool known = std::any_of(ops().begin(), ops().end(),
-                                   [&](const Op& op) { return matches(pattern, op.name); });
+    const bool known = std::any_of(possible.begin(), possible.end(),
+                                   [&](const Op* op) { return matches(pattern, op->name); });
     if (known) continue;
     std::vector<std::string> names;
-    for (const Op& op : ops()) names.push_back(op.name);
+    for (const Op* op : possible) names.push_back(op->name);
     throw InvalidArgument("check", "op", fmt::format("one of {}", fmt::join(names, ", ")),
                           fmt::format("'{}'", pattern));
   }
@@ -56,9 +59,29 @@ std::vector<IsaLevel> chosen_levels(const std::vector<IsaLevel>& wanted) {
   return wanted.empty() ? available : wanted;
 }
 
+bool has_fast_kernels(IsaLevel level) {
+  return std::any_of(kKernelKinds.begin(), kKernelKinds.end(),
+                     [&](KernelKind kind) { return has_fast_kernel(level, kind); });
+}
+
 /// Levels on which an op runs.
-std::vector<IsaLevel> levels_of(const Op& op, const std::vector<IsaLevel>& levels) {
-  return op.every_isa ? levels : std::vector<IsaLevel>{active_isa()};
+std::vector<IsaLevel> levels_of(const Op& op, const std::vector<IsaLevel>& levels,
+                                Arithmetic arithmetic) {
+  const std::vector<IsaLevel> possible =
+      op.every_isa ? levels : std::vector<IsaLevel>{active_isa()};
+  std::vector<IsaLevel> chosen;
+  std::copy_if(possible.begin(), possible.end(), std::back_inserter(chosen), [&](IsaLevel level) {
+    return arithmetic != Arithmetic::fast || has_fast_kernels(level);
+  });
+  return chosen;
+}
+
+bool can_run(const Op& op, const Case& c, const KernelOptions& kernels) {
+  if (kernels.arithmetic == Arithmetic::automatic) return true;
+  const std::optional<KernelKind> kind = c.kind();
+  if (!kind) return false;
+  const IsaLevel level = op.every_isa ? *kernels.isa : kernel_choice().level(*kind);
+  return is_served(kernels.arithmetic, level, *kind);
 }
 
 /// One to three workers, by turns: results may not depend on it.
@@ -68,9 +91,9 @@ Executor& executor_for(int case_index) {
   return *pools[static_cast<std::size_t>(case_index) % pools.size()];
 }
 
-Outcome run_guarded(Case& c, IsaLevel isa, int case_index) {
+Outcome run_guarded(Case& c, const KernelOptions& kernels, int case_index) {
   try {
-    return c.run(isa, executor_for(case_index));
+    return c.run(kernels, executor_for(case_index));
   } catch (const std::exception& e) {
     Outcome outcome;
     outcome.fail(fmt::format("threw: {}", e.what()));
@@ -78,9 +101,12 @@ Outcome run_guarded(Case& c, IsaLevel isa, int case_index) {
   }
 }
 
-std::string repeat_command(const Op& op, std::uint64_t seed, int case_index, IsaLevel isa) {
-  const std::string common =
-      fmt::format("attend check --op {} --seed {} --case {}", op.name, seed, case_index);
+std::string repeat_command(const Op& op, const CheckOptions& options, int case_index,
+                           IsaLevel isa) {
+  std::string common =
+      fmt::format("attend check --op {} --seed {} --case {}", op.name, options.seed, case_index);
+  if (options.arithmetic != Arithmetic::automatic)
+    common += fmt::format(" --arithmetic {}", to_string(options.arithmetic));
   if (op.every_isa) return fmt::format("{} --isa {}", common, to_string(isa));
   return fmt::format("ATTEND_ISA={} {}", to_string(isa), common);
 }
@@ -109,12 +135,15 @@ void check_op(const Op& op, const CheckOptions& options, const std::vector<IsaLe
     Rng rng(options.seed, op.name, index);
     const std::unique_ptr<Case> c = op.make_case(rng);
     for (std::size_t i = 0; i < levels.size(); ++i) {
-      const Outcome outcome = run_guarded(*c, levels[i], index);
-      record(report, first_row + i, outcome, [&] {
-        return CheckFailure{op.name,         levels[i],
-                            index,           c->describe(),
-                            outcome.failure, repeat_command(op, options.seed, index, levels[i])};
-      });
+      const KernelOptions kernels(levels[i], options.arithmetic);
+      if (can_run(op, *c, kernels)) {
+        const Outcome outcome = run_guarded(*c, kernels, index);
+        record(report, first_row + i, outcome, [&] {
+          return CheckFailure{op.name,         levels[i],
+                              index,           c->describe(),
+                              outcome.failure, repeat_command(op, options, index, levels[i])};
+        });
+      }
       done();
     }
   }
@@ -123,13 +152,15 @@ void check_op(const Op& op, const CheckOptions& options, const std::vector<IsaLe
 }  // namespace
 
 CheckReport run_checks(const CheckOptions& options) {
-  const std::vector<const Op*> chosen = chosen_ops(options.ops);
+  const std::vector<const Op*> chosen = chosen_ops(options.ops, options.arithmetic);
   const std::vector<IsaLevel> levels = chosen_levels(options.levels);
-  int total = 0;
-  for (const Op* op : chosen) {
-    total +=
-        static_cast<int>(levels_of(*op, levels).size()) * (options.only_case ? 1 : options.cases);
+  std::size_t rows = 0;
+  for (const Op* op : chosen) rows += levels_of(*op, levels, options.arithmetic).size();
+  if (rows == 0) {
+    throw Unsupported(fmt::format("checks of {} arithmetic", to_string(options.arithmetic)),
+                      {"none of the chosen levels has kernels for it; amx has"});
   }
+  const int total = static_cast<int>(rows) * (options.only_case ? 1 : options.cases);
   int finished = 0;
   CheckReport report;
   for (const Op* op : chosen) {
@@ -137,7 +168,7 @@ CheckReport run_checks(const CheckOptions& options) {
       ++finished;
       if (options.progress) options.progress(finished, total, op->name);
     };
-    check_op(*op, options, levels_of(*op, levels), done, report);
+    check_op(*op, options, levels_of(*op, levels, options.arithmetic), done, report);
   }
   return report;
 }

@@ -10,6 +10,8 @@
 
 #include "attend/core/cpu.h"
 #include "attend/core/executor.h"
+#include "attend/ops/kernel_options.h"
+#include "attend/plan/kernel_choice.h"
 #include "conformance/comparison.h"
 #include "conformance/rng.h"
 
@@ -20,8 +22,11 @@ namespace attend::conformance {
 class Case {
  public:
   virtual ~Case() = default;
-  /// Runs the op and compares. May be called several times, with different levels.
-  virtual Outcome run(IsaLevel isa, Executor& executor) = 0;
+  /// Runs the op and compares. May be called several times, with different levels. The level is
+  /// always given.
+  virtual Outcome run(const KernelOptions& kernels, Executor& executor) = 0;
+  /// Kind of attention, if there is a choice of arithmetic for it.
+  virtual std::optional<KernelKind> kind() const { return std::nullopt; }
   /// The problem in one line.
   virtual std::string describe() const = 0;
 };
@@ -32,6 +37,7 @@ struct Op {
   /// False: the op has no choice of level and runs once, on active_isa().
   bool every_isa = true;
   std::function<std::unique_ptr<Case>(Rng&)> make_case;
+  bool has_arithmetic = false;  ///< some of its cases have a kind()
 };
 
 /// All checked ops by name. Each file in cases/ adds one.
@@ -46,6 +52,9 @@ struct CheckOptions {
   std::uint64_t seed = 1;
   std::vector<std::string> ops;  ///< names or patterns with * and ?; empty = all
   std::vector<IsaLevel> levels;  ///< empty = all of this machine
+  /// Other than automatic: only ops and problems that have a choice are run, and fast only on
+  /// levels that have it.
+  Arithmetic arithmetic = Arithmetic::automatic;
   std::optional<int> only_case;  ///< run just this index
   /// Called after each case with the number of cases done and to do.
   std::function<void(int done, int total, std::string_view op)> progress;
@@ -64,7 +73,7 @@ struct CheckFailure {
 struct CheckRow {
   std::string op;
   IsaLevel isa = IsaLevel::scalar;
-  int cases = 0;
+  int cases = 0;  ///< that were run
   int failed = 0;
   double worst_error = 0.0;
   double worst_ratio = 0.0;
@@ -76,7 +85,7 @@ struct CheckReport {
 };
 
 /// Runs the checks. @throws InvalidArgument for a pattern that matches no op, listing the ops;
-/// Unsupported for a level that this machine lacks.
+/// Unsupported for a level or an arithmetic that this machine lacks.
 CheckReport run_checks(const CheckOptions& options);
 
 }  // namespace attend::conformance

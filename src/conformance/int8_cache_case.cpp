@@ -37,7 +37,7 @@ class Int8CacheCase final : public Case {
     for (Storage* s : caches()) s->freeze();
   }
 
-  Outcome run(IsaLevel, Executor& executor) override {
+  Outcome run(const KernelOptions&, Executor& executor) override {
     for (Storage* s : caches()) s->reset();
     ReshapeAndCacheInt8Args args;
     args.key = key_.view();

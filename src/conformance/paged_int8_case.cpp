@@ -26,13 +26,13 @@ class PagedInt8Case final : public Case {
     for (Storage* s : caches()) s->freeze();
   }
 
-  Outcome run(IsaLevel isa, Executor& executor) override {
+  Outcome run(const KernelOptions& kernels, Executor& executor) override {
     problem_.reset();
     for (Storage* s : caches()) s->reset();
     if (mixed_) {
-      paged_attention_mix(args(), &executor, isa);
+      paged_attention_mix(args(), &executor, kernels.isa);
     } else {
-      paged_attention_int8(args(), &executor, isa);
+      paged_attention_int8(args(), &executor, kernels.isa);
     }
     Outcome outcome;
     compare_written(outcome, "out", problem_.out, expected_.out, expected_.out_bound);

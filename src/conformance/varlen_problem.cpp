@@ -173,6 +173,8 @@ void VarlenProblem::reset() {
   if (options.lse) lse.reset();
 }
 
+KernelKind VarlenProblem::kind() const { return kernel_kind(shape.dtype, kv_dtype(), kv_dtype()); }
+
 std::string VarlenProblem::describe() const {
   const char* storage[] = {"ragged", "paged NHD", "paged HND"};
   std::string text = shape.describe() + " " + storage[static_cast<int>(options.kv)];

@@ -5,6 +5,7 @@
 
 #include "attend/ops/attention.h"
 #include "attend/plan/attention_plan.h"
+#include "attend/plan/kernel_choice.h"
 #include "conformance/attention_shape.h"
 #include "conformance/comparison.h"
 #include "conformance/storage.h"
@@ -39,6 +40,7 @@ struct VarlenProblem {
   FlashAttnVarlenArgs args() const;
   /// Puts the outputs back to what they were before the op.
   void reset();
+  KernelKind kind() const;
   std::string describe() const;
 
   AttentionShape shape;

@@ -143,7 +143,7 @@ cpu::AttentionProblem make_problem(const FlashAttnVarlenArgs& a, const Attention
 }
 
 AttentionPlan make_plan(const FlashAttnVarlenArgs& a, int num_workers,
-                        std::optional<IsaLevel> isa) {
+                        const KernelOptions& kernels) {
   const bool both = a.cu_seqlens_kv.defined() && a.seq_lens.defined();
   check::require(!both && (a.cu_seqlens_kv.defined() || a.seq_lens.defined()),
                  {kOp, "cu_seqlens_kv"}, "exactly one of cu_seqlens_kv and seq_lens",
@@ -177,7 +177,8 @@ AttentionPlan make_plan(const FlashAttnVarlenArgs& a, int num_workers,
   in.window_left = a.params.window_left;
   in.window_right = a.params.window_right;
   in.num_workers = num_workers;
-  in.isa = isa;
+  in.isa = kernels.isa;
+  in.arithmetic = kernels.arithmetic;
   return plan_attention(in);
 }
 
@@ -203,6 +204,7 @@ void check_planned(const FlashAttnVarlenArgs& a, const AttentionPlan& plan, Work
     check_ragged(a, plan);
   }
   check_side_inputs(a);
+  ops::check_arithmetic(kOp, plan, a.q.dtype, a.k.dtype, a.v.dtype);
   ops::check_resources(kOp, plan, workspace, executor);
 }
 
@@ -221,10 +223,10 @@ void flash_attn_varlen(const FlashAttnVarlenArgs& args, const AttentionPlan& pla
 }
 
 void flash_attn_varlen(const FlashAttnVarlenArgs& args, Executor* executor,
-                       std::optional<IsaLevel> isa) {
+                       const KernelOptions& kernels) {
   Executor& run_on = executor != nullptr ? *executor : default_executor();
   check_tensors(args);
-  const AttentionPlan plan = make_plan(args, run_on.num_workers(), isa);
+  const AttentionPlan plan = make_plan(args, run_on.num_workers(), kernels);
   const Workspace workspace = ops::thread_workspace(plan.workspace_bytes);
   check_planned(args, plan, workspace, run_on);
   ops::run_plan(make_problem(args, plan), plan, workspace, run_on);

@@ -259,6 +259,10 @@ void check_planned_lengths(std::string_view op, std::string_view argument,
       *differ.in1);
 }
 
+void check_arithmetic(std::string_view op, const AttentionPlan& plan, DType q, DType k, DType v) {
+  kernel_level(plan, kernel_kind(q, k, v), op);
+}
+
 void check_resources(std::string_view op, const AttentionPlan& plan, Workspace workspace,
                      const Executor& executor) {
   check::require(

@@ -70,6 +70,10 @@ void check_planned_lengths(std::string_view op, std::string_view argument,
                            const ConstTensorView& lengths,
                            const std::vector<std::int32_t>& planned);
 
+/// Checks that there are kernels for these types with the plan's arithmetic at its level.
+/// @throws Unsupported.
+void check_arithmetic(std::string_view op, const AttentionPlan& plan, DType q, DType k, DType v);
+
 /// Checks that workspace and executor fit the plan.
 void check_resources(std::string_view op, const AttentionPlan& plan, Workspace workspace,
                      const Executor& executor);

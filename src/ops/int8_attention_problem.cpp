@@ -119,6 +119,7 @@ void check_int8_planned(std::string_view op, const FlashAttnVarlenInt8Args& a,
   check_k_mean(op, a, plan.num_reqs());
   check_block_table(op, a.block_table, plan, static_cast<int>(a.k.shape[2]), a.k.shape[0]);
   check_shared_blocks(op, a.block_table, plan, static_cast<int>(a.k.shape[2]));
+  check_arithmetic(op, plan, a.q.dtype, a.k.dtype, a.v.dtype);
   check_resources(op, plan, workspace, executor);
 }
 

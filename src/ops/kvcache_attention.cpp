@@ -168,7 +168,7 @@ std::vector<std::int32_t> checked_lengths(const Args& a) {
 }
 
 AttentionPlan make_plan(const Args& a, std::span<const std::int32_t> keys, int num_workers,
-                        std::optional<IsaLevel> isa) {
+                        const KernelOptions& kernels) {
   std::vector<std::int32_t> starts(1, 0);
   const std::int64_t total = a.q.shape[0] * a.q.shape[1];
   check::require(total <= INT32_MAX, {kOp, "q"}, "fewer than 2^31 query tokens", total);
@@ -186,7 +186,8 @@ AttentionPlan make_plan(const Args& a, std::span<const std::int32_t> keys, int n
   in.window_left = a.params.window_left;
   in.window_right = a.params.window_right;
   in.num_workers = num_workers;
-  in.isa = isa;
+  in.isa = kernels.isa;
+  in.arithmetic = kernels.arithmetic;
   return plan_attention(in);
 }
 
@@ -274,13 +275,13 @@ void check_append_blocks(const Args& a) {
 
 }  // namespace
 
-void flash_attn_with_kvcache(const Args& a, Executor* executor, std::optional<IsaLevel> isa) {
+void flash_attn_with_kvcache(const Args& a, Executor* executor, const KernelOptions& kernels) {
   Executor& run_on = executor != nullptr ? *executor : default_executor();
   check_tensors(a);
   check_appended(a);
   check_index_arrays(a);
   const std::vector<std::int32_t> keys = checked_lengths(a);
-  const AttentionPlan plan = make_plan(a, keys, run_on.num_workers(), isa);
+  const AttentionPlan plan = make_plan(a, keys, run_on.num_workers(), kernels);
   ops::check_params(kOp, a.params, plan.num_reqs(), plan.num_q_heads);
   if (is_paged(a)) {
     ops::check_block_table(kOp, a.block_table, plan, static_cast<int>(a.k_cache.shape[1]),
@@ -294,6 +295,7 @@ void flash_attn_with_kvcache(const Args& a, Executor* executor, std::optional<Is
   }
   check_rotary(a, last_position);
   check_side_inputs(a);
+  ops::check_arithmetic(kOp, plan, a.q.dtype, a.k_cache.dtype, a.v_cache.dtype);
 
   const ops::RotaryTables tables{a.rotary_cos, a.rotary_sin, a.rotary_interleaved};
   const std::size_t q_bytes =

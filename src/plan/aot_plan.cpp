@@ -77,6 +77,10 @@ void check_same_shape(const AttentionPlanInput& in, const AttentionPlan& p) {
   same("window_right", p.window_right, in.window_right);
   same("num_workers", p.num_workers, in.num_workers);
   same("max_num_splits", p.max_num_splits, in.max_num_splits);
+  check::require(
+      p.arithmetic == in.arithmetic, {in.op, "arithmetic"},
+      [&] { return fmt::format("{}, as before", to_string(p.arithmetic)); },
+      to_string(in.arithmetic));
 }
 
 }  // namespace

@@ -14,8 +14,10 @@ namespace {
 constexpr double kWaitUs = 10.0;
 
 IsaLevel level_of(const CascadeInput& in) {
-  if (in.batch.isa) return *in.batch.isa;
-  return kernel_choice().level(kernel_kind(DType::bf16, in.kv_dtype, in.kv_dtype));
+  const KernelKind kind = kernel_kind(DType::bf16, in.kv_dtype, in.kv_dtype);
+  return arithmetic_level(in.batch.arithmetic,
+                          in.batch.isa ? *in.batch.isa : kernel_choice().level(kind), kind,
+                          in.batch.op);
 }
 
 }  // namespace

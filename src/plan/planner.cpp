@@ -215,6 +215,7 @@ void set_lengths(AttentionPlan& p, const AttentionPlanInput& in) {
 void set_shape(AttentionPlan& p, const AttentionPlanInput& in) {
   p.isa = checked_isa(in.isa);
   p.isa_given = in.isa.has_value();
+  p.arithmetic = in.arithmetic;
   p.num_q_heads = in.num_q_heads;
   p.num_kv_heads = in.num_kv_heads;
   p.head_dim_qk = in.head_dim_qk;

@@ -24,7 +24,7 @@ constexpr double kBesideReading = 0.57;
 constexpr double kPartialBytesPerUs = 3e3;
 
 bool takes_tiles(IsaLevel isa, DType keys) {
-  return isa >= IsaLevel::amx && keys != DType::f32 && keys != DType::f16;
+  return has_fast_kernel(isa, kernel_kind(DType::bf16, keys, keys));
 }
 
 double flops_per_us(IsaLevel isa, DType keys) {

@@ -22,6 +22,7 @@ BuilderConfig builder_config(const LayerGroupConfig& c, const LayerKind& kind) {
   b.num_speculative_tokens = c.num_speculative_tokens;
   b.attn_type = kind.type;
   b.cascade = c.cascade;
+  b.arithmetic = c.arithmetic;
   b.use_alibi = c.model.alibi;
   return b;
 }

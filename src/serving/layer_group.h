@@ -35,6 +35,7 @@ struct LayerGroupConfig {
   int num_workers = 1;
   int num_speculative_tokens = 0;
   CascadeMode cascade = CascadeMode::automatic;
+  Arithmetic arithmetic = Arithmetic::automatic;
 };
 
 /// Groups in the order in which a step runs them: encoder, self attention, cross attention.

@@ -139,6 +139,9 @@ Engine::Engine(const Trace& trace, const ReplayConfig& config)
   set_value_scales(storage_, config.value_scales, model_, config.num_layers);
   result_.backend = backend_.name();
   result_.dtype = dtype_;
+  result_.kernel_kind = kernel_kind(dtype_, storage_.dtype, storage_.format);
+  result_.isa = arithmetic_level(config.arithmetic, kernel_choice().level(result_.kernel_kind),
+                                 result_.kernel_kind, "replay");
   result_.requests = static_cast<std::int64_t>(trace.requests.size());
   for (const Request& r : trace.requests) {
     result_.prompt_tokens += r.prompt_tokens;
@@ -155,7 +158,8 @@ Engine::Engine(const Trace& trace, const ReplayConfig& config)
                                .encoder_cache = encoder_cache_spec(),
                                .num_workers = executor_.num_workers(),
                                .num_speculative_tokens = config.num_speculative_tokens,
-                               .cascade = config.cascade});
+                               .cascade = config.cascade,
+                               .arithmetic = config.arithmetic});
   SchedulerConfig s;
   s.max_num_batched_tokens = config.max_num_batched_tokens;
   s.max_num_seqs = config.max_num_seqs;

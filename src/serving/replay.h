@@ -9,6 +9,7 @@
 
 #include "attend/backend/backend.h"
 #include "attend/cache/value_scales.h"
+#include "attend/plan/kernel_choice.h"
 #include "serving/kv_memory.h"
 #include "serving/model_presets.h"
 #include "serving/row_check.h"
@@ -47,6 +48,7 @@ struct ReplayConfig {
   /// Drafts that a decode verifies in one step, >= 0; encoders generate nothing and need 0.
   int num_speculative_tokens = 0;
   CascadeMode cascade = CascadeMode::automatic;
+  Arithmetic arithmetic = Arithmetic::automatic;  ///< of all layers, an encoder's too
   double acceptance = 0.7;  ///< chance, 0 .. 1, that a draft is right if those before it are
   std::uint64_t seed = 0;
   std::int64_t check_rows = 0;   ///< rows to recompute in float64
@@ -66,6 +68,9 @@ struct ReplayResult {
   DType dtype = DType::bf16;
   std::string kv_cache_dtype;  ///< name of the dtype or format that it holds; empty without one
   KvLayout kv_layout = KvLayout::hnd;
+  /// Of the decoder's self attention, or of an encoder: which kernels, and of what level.
+  KernelKind kernel_kind = KernelKind::bf16;
+  IsaLevel isa = IsaLevel::scalar;
   std::int64_t num_blocks = 0;  ///< 0 without a cache
   int block_size = 0;
   std::int64_t peak_used_blocks = 0;
@@ -96,8 +101,8 @@ std::int64_t default_num_blocks(const Trace& trace, int block_size, std::int64_t
 
 /// Serves a trace: scheduler, block pool, metadata builder and impl, with generated queries, keys
 /// and values.
-/// @throws InvalidArgument, Unsupported (no back end fits), OutOfBlocks (a request larger than the
-/// cache; before the first step).
+/// @throws InvalidArgument, Unsupported (no back end fits, or no kernel the arithmetic),
+/// OutOfBlocks (a request larger than the cache; before the first step).
 ReplayResult replay(const Trace& trace, const ReplayConfig& config);
 
 }  // namespace attend::serving

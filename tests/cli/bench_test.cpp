@@ -37,6 +37,19 @@ TEST(BenchCommand, ListsTheCasesOnce) {
   EXPECT_EQ(std::adjacent_find(names.begin(), names.end()), names.end());
 }
 
+TEST(BenchCommand, ExactArithmeticHasCasesOfItsOwn) {
+  const std::vector<std::string> names = listed("*");
+  int with_exact = 0;
+  for (const std::string& name : names) {
+    if (name.ends_with("_exact")) continue;
+    const bool choice = name.starts_with("prefill_bf16") || name.starts_with("prefill_f16") ||
+                        name.starts_with("short_batch_");
+    EXPECT_EQ(std::count(names.begin(), names.end(), name + "_exact"), choice ? 1 : 0) << name;
+    with_exact += choice ? 1 : 0;
+  }
+  EXPECT_GT(with_exact, 5);
+}
+
 TEST(BenchCommand, PatternsChooseCases) {
   const std::vector<std::string> names = listed("short_batch_*");
   ASSERT_FALSE(names.empty());

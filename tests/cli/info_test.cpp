@@ -8,6 +8,7 @@
 #include "attend/core/cpu.h"
 #include "attend/core/huge_pages.h"
 #include "attend/core/numa.h"
+#include "attend/plan/kernel_choice.h"
 #include "cli/run_cli.h"
 
 namespace attend::testing {
@@ -31,6 +32,10 @@ TEST(InfoCommand, JsonHasTheStableKeys) {
   EXPECT_EQ(j.at("cpu").at("model"), cpu_info().model);
   EXPECT_EQ(j.at("isa").at("available").size(), available_isa_levels().size());
   EXPECT_EQ(j.at("isa").at("active"), to_string(active_isa()));
+  for (const KernelKind kind : kKernelKinds) {
+    EXPECT_EQ(j.at("kernels").at("arithmetic").at(std::string(to_string(kind))),
+              arithmetic_name(kernel_choice().level(kind), kind));
+  }
   EXPECT_GE(j.at("cpus"), 1);
   EXPECT_GE(j.at("threads"), 1);
   EXPECT_EQ(j.at("numa").at("nodes").size(), numa_topology().nodes.size());
@@ -44,6 +49,8 @@ TEST(InfoCommand, TextNamesTheBackends) {
   EXPECT_EQ(r.exit_code, 0);
   EXPECT_THAT(r.out, HasSubstr("FLASH_ATTN"));
   EXPECT_THAT(r.out, HasSubstr("threads"));
+  EXPECT_THAT(r.out, HasSubstr("exact for f32"));
+  EXPECT_THAT(r.out, HasSubstr("integer for int8_level1"));
   EXPECT_THAT(r.out, HasSubstr("huge pages  "));
   EXPECT_EQ(r.out.find("nodes unknown") != std::string::npos, numa_topology().nodes.empty());
   for (const NumaNode& node : numa_topology().nodes)

@@ -5,6 +5,7 @@
 #include <filesystem>
 #include <nlohmann/json.hpp>
 
+#include "attend/plan/kernel_choice.h"
 #include "cli/run_cli.h"
 #include "support/scale.h"
 #include "support/temp_folder.h"
@@ -66,6 +67,26 @@ TEST(ReplayCommand, SaysWhatTheCacheHolds) {
   const auto encoder = cache("--model bert-base");
   EXPECT_TRUE(encoder.at("dtype").is_null());
   EXPECT_EQ(encoder.at("block_bytes"), 0);
+}
+
+TEST(ReplayCommand, SaysWhichArithmeticRan) {
+  const bool fast = has_fast_kernel(kernel_choice().level(KernelKind::bf16), KernelKind::bf16);
+  const auto run = [](const std::string& options) {
+    const CliResult r = run_cli(kSmall + options + " --check 20 --json -");
+    EXPECT_EQ(r.exit_code, 0) << r.err;
+    const auto j = nlohmann::json::parse(r.out);
+    EXPECT_EQ(j.at("check").at("failed"), 0);
+    const std::string name = j.at("arithmetic");
+    EXPECT_THAT(r.err, HasSubstr("kernels " + std::string(j.at("kernel_level"))));
+    EXPECT_THAT(r.err, HasSubstr(name + " arithmetic"));
+    return name;
+  };
+  EXPECT_EQ(run(""), fast ? "fast" : "exact");
+  EXPECT_EQ(run("--arithmetic exact"), "exact");
+  if (fast) {
+    EXPECT_EQ(run("--arithmetic fast"), "fast");
+  }
+  EXPECT_EQ(run("--kv-cache-dtype int8_level2"), "integer");
 }
 
 TEST(ReplayCommand, SpeculativeTokensAreCountedAndChecked) {
@@ -165,6 +186,9 @@ TEST(ReplayCommand, BadInputIsOneLineAndExitCodeTwo) {
         {kSmall + "--scale-lengths -1", "scale-lengths"},
         {kSmall + "--kv-layout xyz", "nhd or hnd"},
         {kSmall + "--cascade on", "auto, vllm, off or always"},
+        {kSmall + "--arithmetic quick", "automatic, exact or fast"},
+        {kSmall + "--arithmetic fast --dtype f16", "cannot hold f16 keys"},
+        {kSmall + "--arithmetic exact --kv-cache-dtype int8_level2", "as integers"},
         {kSmall + "--kv-layout nhd --kv-cache-dtype int8_level2", "HND"},
         {kSmall + "--kv-cache-dtype int8_level3", "int8_level3"},
         {kSmall + "--kv-cache-dtype int8_level2 --dtype f32", "16 bits"},

@@ -5,6 +5,7 @@
 #include <gtest/gtest.h>
 
 #include "attend/core/error.h"
+#include "support/scale.h"
 
 namespace attend::conformance {
 namespace {
@@ -43,6 +44,47 @@ TEST(Check, AMissingLevelIsRefused) {
   CheckOptions options;
   options.levels = {IsaLevel::amx};
   EXPECT_THROW(run_checks(options), Unsupported);
+}
+
+TEST(Check, ExactArithmeticRunsWhatHasAChoice) {
+  CheckOptions options;
+  options.cases = testing::scaled(20, 6);
+  options.levels = {available_isa_levels().back()};
+  options.arithmetic = Arithmetic::exact;
+  const CheckReport report = run_checks(options);
+  std::vector<std::string> names;
+  for (const CheckRow& row : report.rows) {
+    names.push_back(row.op);
+    EXPECT_GT(row.cases, 0) << row.op;
+    // int8 queries and keys have no choice.
+    const bool some = row.op == "shared_prefixes" || row.op == "backend:FLASH_ATTN:int8";
+    EXPECT_EQ(row.cases < options.cases, some) << row.op << " " << row.cases;
+  }
+  EXPECT_THAT(names,
+              ElementsAre("backend:FLASH_ATTN", "backend:FLASH_ATTN:int8", "flash_attn_varlen",
+                          "flash_attn_with_kvcache", "shared_prefixes"));
+  for (const CheckFailure& f : report.failures) {
+    ADD_FAILURE() << f.problem << "\n" << f.message << "\nrepeat: " << f.command;
+  }
+  options.ops = {"copy_blocks"};
+  EXPECT_THROW(run_checks(options), InvalidArgument);
+}
+
+TEST(Check, FastArithmeticRunsOnLevelsThatHaveIt) {
+  CheckOptions options;
+  options.cases = testing::scaled(30, 6);
+  options.arithmetic = Arithmetic::fast;
+  options.ops = {"flash_attn_varlen"};
+  if (available_isa_levels().back() < IsaLevel::amx) {
+    EXPECT_THROW(run_checks(options), Unsupported);
+    return;
+  }
+  const CheckReport report = run_checks(options);
+  ASSERT_EQ(report.rows.size(), 1U);
+  EXPECT_EQ(report.rows[0].isa, IsaLevel::amx);
+  EXPECT_GT(report.rows[0].cases, 0);
+  EXPECT_LT(report.rows[0].cases, options.cases) << "float32 and float16 have no fast kernels";
+  EXPECT_THAT(report.failures, IsEmpty());
 }
 
 TEST(Check, OneCaseIsTheSameAloneAsInARun) {

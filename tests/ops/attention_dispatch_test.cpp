@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <gtest/gtest.h>
 
+#include "attend/plan/kernel_choice.h"
 #include "kernels/cpu/attention/attention.h"
 
 namespace attend {
@@ -51,6 +52,19 @@ TEST(AttentionDispatch, AKernelOfItsOwnIsPreferred) {
   EXPECT_NE(float_queries(avx2, DType::bf16), float_queries(scalar, DType::bf16));
   EXPECT_NE(int8_queries(avx512_vnni, DType::i8), int8_queries(avx512, DType::i8));
   EXPECT_NE(reduce_of(avx512, DType::f32), reduce_of(avx2, DType::f32));
+}
+
+// The plan cannot look at the kernels, so it has a list of its own.
+TEST(AttentionDispatch, FastKernelsAreThoseOfTiles) {
+  for (const DType keys :
+       {DType::f32, DType::f16, DType::bf16, DType::fp8_e4m3, DType::fp8_e5m2, DType::i8}) {
+    const KernelKind kind = kernel_kind(DType::bf16, keys, keys);
+    EXPECT_EQ(has_fast_kernel(amx, kind),
+              float_queries(amx, keys) != float_queries(avx512_spr, keys))
+        << to_string(kind);
+    for (const IsaLevel level : {scalar, avx2, avx512, avx512_vnni, avx512_spr})
+      EXPECT_FALSE(has_fast_kernel(level, kind)) << to_string(level);
+  }
 }
 
 TEST(AttentionDispatch, WhatALevelLacksIsTakenFromTheNextBelow) {

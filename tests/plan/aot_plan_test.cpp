@@ -156,9 +156,23 @@ TEST(AotPlan, RefusesWhatDoesNotFitAndStaysAsItWas) {
   in.window_left = 5;
   expect_refused(aot, in, "window_left");
   in = good.input(2);
+  in.arithmetic = Arithmetic::exact;
+  expect_refused(aot, in, "arithmetic");
+  in = good.input(2);
   const SharedPrefix shared[] = {{0, 2, 256}};
   in.shared_prefixes = shared;
   expect_refused(aot, in, "shared_prefixes");
+}
+
+TEST(AotPlan, KeepsItsArithmetic) {
+  AttentionPlanInput shape = Batch().input(2);
+  shape.arithmetic = Arithmetic::exact;
+  AotPlan aot(shape, kLimits);
+  const Batch batch = Batch().add(1, 300);
+  AttentionPlanInput in = batch.input(2);
+  in.arithmetic = Arithmetic::exact;
+  aot.update(in);
+  EXPECT_EQ(aot.plan().arithmetic, Arithmetic::exact);
 }
 
 TEST(AotPlan, RefusesLimitsWithoutRoom) {

@@ -7,6 +7,8 @@
 #include <algorithm>
 #include <vector>
 
+#include "attend/core/error.h"
+
 namespace attend {
 namespace {
 
@@ -124,6 +126,21 @@ TEST(CascadeAutomatic, SharesWhereReadingOnceSaves) {
   EXPECT_EQ(decision.reason, CascadeReason::gain);
   EXPECT_GT(decision.flat_us, 4 * decision.decided_us);
   EXPECT_THAT(describe(decision), HasSubstr("cascade over 8192 keys of requests 0..63"));
+}
+
+TEST(CascadeAutomatic, CountsTheTimeOfTheArithmetic) {
+  Decodes d(64, 8400);
+  d.in.batch.num_q_heads = 64;
+  d.share(0, 64, 8192);
+  const auto flat_us = [&](IsaLevel isa, Arithmetic arithmetic) {
+    d.in.batch.isa = isa;
+    d.in.batch.arithmetic = arithmetic;
+    return d.decide(CascadeMode::automatic).flat_us;
+  };
+  const double exact = flat_us(IsaLevel::amx, Arithmetic::exact);
+  EXPECT_EQ(exact, flat_us(IsaLevel::avx512_spr, Arithmetic::automatic));
+  EXPECT_LT(flat_us(IsaLevel::amx, Arithmetic::fast), exact);
+  EXPECT_THROW(flat_us(IsaLevel::avx512_spr, Arithmetic::fast), Unsupported);
 }
 
 TEST(CascadeAutomatic, StaysFlatWhereArithmeticBinds) {

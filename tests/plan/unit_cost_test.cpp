@@ -42,6 +42,18 @@ TEST(UnitCost, SplitUnitsMergeAsWell) {
   EXPECT_DOUBLE_EQ(split.merge_us, static_cast<double>(plan.num_partial_rows) * cost.partial_us);
 }
 
+TEST(UnitCost, ExactArithmeticTakesTheTimeOfLevelsWithoutTiles) {
+  AttentionPlan plan = decode_plan(1);
+  const auto products_us = [&](IsaLevel isa, Arithmetic arithmetic) {
+    plan.isa = isa;
+    plan.arithmetic = arithmetic;
+    return plan::estimate(plan, DType::bf16).products_us;
+  };
+  const double exact = products_us(IsaLevel::amx, Arithmetic::exact);
+  EXPECT_EQ(exact, products_us(IsaLevel::avx512_spr, Arithmetic::automatic));
+  EXPECT_LT(products_us(IsaLevel::amx, Arithmetic::automatic), exact);
+}
+
 TEST(UnitCost, TypesAndLevelsDiffer) {
   const auto cost = [](IsaLevel isa, DType keys) { return plan::unit_cost(isa, keys, 64, 64); };
   EXPECT_EQ(cost(IsaLevel::avx2, DType::f32).read_us,

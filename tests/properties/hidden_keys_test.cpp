@@ -86,7 +86,7 @@ TEST_P(HiddenKeys, HaveNoEffectOnARow) {
     BatchData data(rng, random_steps_shape(rng, 20'000'000, true));
     SCOPED_TRACE("batch " + std::to_string(i) + ": " + data.shape.describe());
     StepOptions options;
-    options.isa = GetParam();
+    options.kernels = GetParam();
     options.executor = &executor_of(1 + i % 2);
     options.kv = rng.pick({KvStorage::ragged, KvStorage::paged_nhd});
     SteppedBatch clean(rng, data, options);

@@ -69,11 +69,20 @@ void run_at_random(Rng& rng, const BatchData& data, SteppedBatch& batch) {
   }
 }
 
+AttentionShape shape_of(Rng& rng, std::int64_t products, Arithmetic arithmetic) {
+  AttentionShape shape = random_steps_shape(rng, products, false);
+  // The one type of plain caches for which there is a choice.
+  if (arithmetic != Arithmetic::automatic) shape.dtype = DType::bf16;
+  return shape;
+}
+
 class OneBatch {
  public:
-  OneBatch(std::uint64_t seed, std::int64_t products, IsaLevel isa)
-      : rng_(seed), data_(rng_, random_steps_shape(rng_, products, false)), reference_options_{} {
-    reference_options_.isa = isa;
+  OneBatch(std::uint64_t seed, std::int64_t products, const KernelOptions& kernels)
+      : rng_(seed),
+        data_(rng_, shape_of(rng_, products, kernels.arithmetic)),
+        reference_options_{} {
+    reference_options_.kernels = kernels;
     reference_options_.executor = &executor_of(1);
   }
 
@@ -147,6 +156,16 @@ TEST_P(SameBits, WhateverTheBatchIs) {
   for (int i = 0; i < effort.batches && !HasFailure(); ++i) {
     SCOPED_TRACE("batch " + std::to_string(i));
     OneBatch(static_cast<std::uint64_t>(1000 + i), effort.products, GetParam()).check();
+  }
+}
+
+TEST(SameBitsInExactArithmetic, WhateverTheBatchIs) {
+  const Effort effort = effort_of(false);
+  for (int i = 0; i < effort.batches && !HasFailure(); ++i) {
+    SCOPED_TRACE("batch " + std::to_string(i));
+    OneBatch(static_cast<std::uint64_t>(5000 + i), effort.products,
+             {available_isa_levels().back(), Arithmetic::exact})
+        .check();
   }
 }
 

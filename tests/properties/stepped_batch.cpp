@@ -142,7 +142,7 @@ void SteppedBatch::step(const std::vector<Part>& parts) {
     copy_elements(part_q_, part_q_.offset({part, 0, 0}), data_.q, data_.q.offset({whole, 0, 0}),
                   n * s.q_heads() * s.head_dim);
   });
-  flash_attn_varlen(args, options_.executor, options_.isa);
+  flash_attn_varlen(args, options_.executor, options_.kernels);
   for_rows([&](int whole, int part, int n) {
     copy_elements(out_, out_.offset({whole, 0, 0}), part_out_, part_out_.offset({part, 0, 0}),
                   n * s.q_heads() * s.head_dim_v);

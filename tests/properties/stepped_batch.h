@@ -41,7 +41,7 @@ struct StepOptions {
   KvStorage kv = KvStorage::paged_nhd;
   int block_size = 16;
   Executor* executor = nullptr;
-  std::optional<IsaLevel> isa;
+  KernelOptions kernels;
 };
 
 /// A miniature server: steps of any parts of the requests against caches that hold only the keys up

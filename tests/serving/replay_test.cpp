@@ -83,6 +83,33 @@ TEST(Replay, ChecksOutForEveryDtypeAndLayout) {
   }
 }
 
+// float32 results of an fp8 cache show what a weight was.
+TEST(Replay, ChecksOutInEitherArithmetic) {
+  const ModelPreset model = small_model();
+  const Trace trace = any_trace();
+  const auto run = [&](Arithmetic arithmetic) {
+    ReplayConfig config = small_config(model);
+    config.dtype = DType::f32;
+    config.kv_cache_dtype = "fp8_e4m3";
+    config.arithmetic = arithmetic;
+    const ReplayResult r = replay(trace, config);
+    EXPECT_EQ(r.check.rows, config.check_rows);
+    EXPECT_EQ(r.check.failed, 0) << ::testing::PrintToString(r.check.failures);
+    EXPECT_EQ(r.kernel_kind, KernelKind::fp8_e4m3);
+    return r;
+  };
+  const ReplayResult exact = run(Arithmetic::exact), automatic = run(Arithmetic::automatic);
+  EXPECT_FALSE(has_fast_kernel(exact.isa, exact.kernel_kind));
+  if (has_fast_kernel(automatic.isa, automatic.kernel_kind)) {
+    EXPECT_NE(exact.check.worst_error, automatic.check.worst_error);
+    EXPECT_EQ(run(Arithmetic::fast).check.worst_error, automatic.check.worst_error);
+  } else {
+    EXPECT_EQ(exact.isa, automatic.isa);
+    EXPECT_EQ(exact.check.worst_error, automatic.check.worst_error);
+    EXPECT_THROW(run(Arithmetic::fast), Unsupported);
+  }
+}
+
 TEST(Replay, ChecksOutWithWindowSoftcapAndAlibi) {
   const Trace trace = any_trace();
   ModelPreset model = small_model();

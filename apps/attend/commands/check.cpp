@@ -20,6 +20,7 @@ struct Options {
   std::uint64_t seed = 1;
   std::vector<std::string> ops;
   std::string isa = "all";
+  std::string arithmetic = "automatic";
   int only_case = -1;
   std::string json_path;
 };
@@ -30,6 +31,12 @@ conformance::CheckOptions parse(const Options& options) {
   check.seed = options.seed;
   check.ops = options.ops;
   if (options.only_case >= 0) check.only_case = options.only_case;
+  const auto arithmetic = parse_arithmetic(options.arithmetic);
+  if (!arithmetic) {
+    throw InvalidArgument("check", "--arithmetic", "automatic, exact or fast",
+                          fmt::format("'{}'", options.arithmetic));
+  }
+  check.arithmetic = *arithmetic;
   if (options.isa == "all") return check;
   const auto level = parse_isa(options.isa);
   if (!level) {
@@ -56,6 +63,7 @@ nlohmann::ordered_json as_json(const conformance::CheckReport& report, const Opt
                                const std::vector<std::string>& uncovered) {
   nlohmann::ordered_json j;
   j["seed"] = options.seed;
+  j["arithmetic"] = options.arithmetic;
   j["results"] = nlohmann::ordered_json::array();
   for (const conformance::CheckRow& row : report.rows) {
     j["results"].push_back({{"op", row.op},
@@ -108,6 +116,11 @@ void add_options(CLI::App& command, Options& o) {
   command.add_option("--isa", o.isa, "Level to check, or all that this machine has")
       ->type_name("LEVEL")
       ->capture_default_str();
+  command
+      .add_option("--arithmetic", o.arithmetic,
+                  "automatic, exact or fast; the last two run what has a choice, and nothing else")
+      ->type_name("A")
+      ->capture_default_str();
   command.add_option("--case", o.only_case, "Run only the problem of this number")
       ->type_name("I")
       ->check(CLI::NonNegativeNumber);
@@ -119,12 +132,14 @@ std::string footer() {
       "Every problem is random in shape, features and memory layout; whatever an op may not read\n"
       "is NaN, and whatever it may not write is watched. Results are compared with a float64\n"
       "oracle, within a bound that is derived (docs/numerics.md), never tuned. Ops without a\n"
-      "choice of ISA level run on the active one (see ATTEND_ISA). Exit code 0: all passed,\n"
-      "1: some failed, 2: wrong usage.\n\nOps:\n";
+      "choice of ISA level run on the active one (see ATTEND_ISA). Automatic arithmetic is fast\n"
+      "(products of bf16 tiles) where a level has it, else exact (float32 products). Exit code 0:\n"
+      "all passed, 1: some failed, 2: wrong usage.\n\nOps:\n";
   for (const conformance::Op& op : conformance::ops()) text += fmt::format("  {}\n", op.name);
   return text +
          "\nExamples:\n  attend check\n"
-         "  attend check --op 'flash_attn*' --isa avx2 --cases 1000 --seed 7";
+         "  attend check --op 'flash_attn*' --isa avx2 --cases 1000 --seed 7\n"
+         "  attend check --op 'backend*' --arithmetic exact";
 }
 
 }  // namespace

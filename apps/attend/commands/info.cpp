@@ -89,6 +89,20 @@ std::vector<std::string> kernel_lines(const KernelChoice& choice) {
   return lines;
 }
 
+/// "fast for bf16, fp8_e4m3; exact for f32, ...": of kernels that nobody asked for an arithmetic.
+std::string arithmetic_text(const KernelChoice& choice) {
+  std::string text;
+  for (const std::string_view name : {"fast", "exact", "integer"}) {
+    std::vector<std::string_view> kinds;
+    for (const KernelKind kind : kKernelKinds)
+      if (arithmetic_name(choice.level(kind), kind) == name) kinds.push_back(to_string(kind));
+    if (kinds.empty()) continue;
+    if (!text.empty()) text += "; ";
+    text += fmt::format("{} for {}", name, fmt::join(kinds, ", "));
+  }
+  return text;
+}
+
 struct Info {
   CpuInfo cpu = cpu_info();
   std::vector<std::string> isa_levels;
@@ -120,8 +134,12 @@ nlohmann::ordered_json as_json(const Info& info) {
   j["kernels"] = {{"source", to_string(info.kernels.source)},
                   {"file", info.kernels.file},
                   {"problem", info.kernels.problem}};
-  for (const KernelKind kind : kKernelKinds)
-    j["kernels"]["levels"][std::string(to_string(kind))] = to_string(info.kernels.level(kind));
+  for (const KernelKind kind : kKernelKinds) {
+    const std::string name(to_string(kind));
+    const IsaLevel level = info.kernels.level(kind);
+    j["kernels"]["levels"][name] = to_string(level);
+    j["kernels"]["arithmetic"][name] = arithmetic_name(level, kind);
+  }
   j["cpus"] = info.cpus;
   j["threads"] = info.threads;
   auto nodes = nlohmann::ordered_json::array();
@@ -149,6 +167,7 @@ void print(const Info& info) {
     row(label, line);
     label = "";
   }
+  row("arithmetic", arithmetic_text(info.kernels));
   row("cpus", fmt::to_string(info.cpus));
   row("threads", fmt::to_string(info.threads));
   label = "memory";
@@ -173,7 +192,8 @@ void add_info(CLI::App& app) {
       "pool has. memory lists the nodes over which caches are spread, huge pages what the kernel "
       "gives\n"
       "them. isa lists the instruction-set levels that this machine can run, kernels\n"
-      "says which of them is used where a caller names none, and why.\n\n"
+      "says which of them is used where a caller names none, and why; arithmetic says what those\n"
+      "kernels multiply: bf16 tiles (fast), float32 numbers (exact) or int8 codes (integer).\n\n"
       "ATTEND_ISA=LEVEL forces a level (an unavailable one is an error), ATTEND_NUM_THREADS=N "
       "sets\n"
       "the size of the default pool.\n\n"

@@ -27,6 +27,7 @@ struct ReplayOptions {
   std::string dtype;
   std::string kv_layout;
   std::string cascade = "auto";
+  std::string arithmetic = "automatic";
   std::string value_scales;
   std::optional<int> threads;
   std::string json_path;
@@ -38,6 +39,8 @@ Queries, keys and values are generated from the seed, so no model weights are ne
 be computed again: --check N recomputes N random rows in float64 without looking at the cache.
 
 What the numbers mean:
+  back end     the level of the kernels and the arithmetic of the decoder's layers: exact, fast,
+               or integer (int8 queries and keys)
   tokens/s     prompt and generated tokens of the trace over the time of all steps; generating the
                inputs is not counted
   step         one batch through scheduler, metadata builder and all layers
@@ -57,6 +60,7 @@ Examples:
   attend replay synthetic --model gpt-oss-20b --speculative-tokens 3 --acceptance 0.6 --check 200
   attend calibrate synthetic --layers 1 --output scales.safetensors
   attend replay synthetic --kv-cache-dtype int8_level1 --value-scales scales.safetensors --check 100
+  attend replay synthetic --arithmetic exact --check 100
   attend replay trace.jsonl --scale-lengths 0.1 --num-blocks 2000 --check 200
 
 Exit code: 0 done, 1 a checked row was wrong, 2 bad option or trace.
@@ -114,6 +118,11 @@ void add_options(CLI::App& command, ReplayOptions& o) {
       "always",
       "C")
       ->capture_default_str();
+  option("--arithmetic", o.arithmetic,
+         "automatic, exact (float32 products) or fast (products of bf16 tiles, where a level has "
+         "them for the cache's type)",
+         "A")
+      ->capture_default_str();
   option("--threads", o.threads, "Threads; default: the CPUs this process may use", "N");
   option("--check", c.check_rows, "Recompute N random (step, token, head) rows in float64", "N")
       ->capture_default_str();
@@ -150,6 +159,8 @@ void run(ReplayOptions o) {
   config.kv_layout = parse_choice("kv-layout", o.kv_layout, &parse_kv_layout, "nhd or hnd");
   config.cascade =
       *parse_choice("cascade", o.cascade, &parse_cascade_mode, "auto, vllm, off or always");
+  config.arithmetic =
+      *parse_choice("arithmetic", o.arithmetic, &parse_arithmetic, "automatic, exact or fast");
   std::optional<ValueScales> scales;
   if (!o.value_scales.empty()) scales = ValueScales::load(o.value_scales);
   config.value_scales = scales ? &*scales : nullptr;

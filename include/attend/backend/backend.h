@@ -14,6 +14,7 @@
 #include "attend/core/tensor_view.h"
 #include "attend/core/workspace.h"
 #include "attend/plan/aot_plan.h"
+#include "attend/plan/arithmetic.h"
 #include "attend/plan/cascade.h"
 
 /// The interface that every attention back end implements: capability (data), metadata builder
@@ -92,6 +93,9 @@ struct BuilderConfig {
   bool use_alibi = false;  ///< the layers have ALiBi slopes; only CascadeMode::vllm asks
   AotLimits capture;       ///< room of what build_for_capture() makes; zeros = it is not called
   int max_num_splits = 0;  ///< most parts along keys of a unit of work, 0 = as many as help
+  /// What multiplies, in all layers of the group. A builder refuses what the cache's type does not
+  /// have at the level in use: Unsupported.
+  Arithmetic arithmetic = Arithmetic::automatic;
 };
 
 /// Result of a builder; each back end derives its own. Immutable once built, shared by all layers.
@@ -215,6 +219,7 @@ class Backend {
   /// `preferred` if it is supported, else the smallest supported block size.
   int preferred_block_size(int preferred) const noexcept;
 
+  /// @throws InvalidArgument; Unsupported for BuilderConfig::arithmetic.
   virtual std::unique_ptr<MetadataBuilder> make_builder(const BuilderConfig& config) const = 0;
   virtual std::unique_ptr<Impl> make_impl(const ImplConfig& config) const = 0;
 

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 #include <cstdint>
-#include <optional>
 #include <span>
 
 #include "attend/core/executor.h"
@@ -135,9 +134,10 @@ struct DcpAttentionArgs {
 ///   5. merge_attn_states of both.
 /// A collective call. Nothing is sent or written before this rank's arguments are checked; a rank
 /// whose call throws must abort the group, or the others wait for it (run_in_process does).
-/// executor: default_executor() if null; isa: that of kernel_choice() if unset.
-/// @throws InvalidArgument; Unsupported with every reason; CommunicatorAborted.
+/// executor: default_executor() if null; kernels: the same on all ranks.
+/// @throws InvalidArgument; Unsupported with every reason, also for a level or an arithmetic that
+/// there is not (as flash_attn_varlen()); CommunicatorAborted.
 void dcp_attention(const DcpAttentionArgs& args, Communicator& communicator,
-                   Executor* executor = nullptr, std::optional<IsaLevel> isa = std::nullopt);
+                   Executor* executor = nullptr, const KernelOptions& kernels = {});
 
 }  // namespace attend

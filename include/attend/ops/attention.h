@@ -5,6 +5,7 @@
 #include "attend/core/executor.h"
 #include "attend/core/tensor_view.h"
 #include "attend/core/workspace.h"
+#include "attend/ops/kernel_options.h"
 #include "attend/plan/attention_plan.h"
 
 /// Scaled dot-product attention over ragged or paged keys and values.
@@ -69,21 +70,23 @@ struct FlashAttnVarlenArgs {
 /// Plans and runs in one call; workspace from an internal per-thread buffer, executor
 /// default_executor() if null. For one call per batch; servers plan once and use the overload
 /// below.
-/// @throws InvalidArgument, before anything is written.
+/// @throws InvalidArgument; Unsupported for a level or an arithmetic that there is not (the types
+/// of q, k and v decide, see kernel_level()). Both before anything is written.
 void flash_attn_varlen(const FlashAttnVarlenArgs& args, Executor* executor = nullptr,
-                       std::optional<IsaLevel> isa = std::nullopt);
+                       const KernelOptions& kernels = {});
 
 /// Runs a plan made for these lengths, heads, mask and this executor's number of workers.
 /// query_start_loc, seq_lens and cu_seqlens_kv may be undefined: the plan has them (cu_seqlens_kv
 /// is then the prefix sum of the plan's seq_lens).
 /// @pre workspace.size >= plan.workspace_bytes. No allocation.
-/// @throws InvalidArgument, before anything is written.
+/// @throws InvalidArgument; Unsupported for the plan's arithmetic, as above. Both before anything
+/// is written.
 void flash_attn_varlen(const FlashAttnVarlenArgs& args, const AttentionPlan& plan,
                        Workspace workspace, Executor& executor);
 
 /// Makes the checks of the overload above and nothing else, for callers that write something of
 /// their own (a cache) between the checks and the run. Reads no key, value or query.
-/// @throws InvalidArgument.
+/// @throws InvalidArgument; Unsupported.
 void validate(const FlashAttnVarlenArgs& args, const AttentionPlan& plan, Workspace workspace,
               const Executor& executor);
 
@@ -113,8 +116,8 @@ struct FlashAttnWithKvCacheArgs {
 };
 
 /// Appends, rotates and attends, like flash-attn's function of that name.
-/// @throws InvalidArgument, before anything is written.
+/// @throws InvalidArgument; Unsupported as flash_attn_varlen(). Both before anything is written.
 void flash_attn_with_kvcache(const FlashAttnWithKvCacheArgs& args, Executor* executor = nullptr,
-                             std::optional<IsaLevel> isa = std::nullopt);
+                             const KernelOptions& kernels = {});
 
 }  // namespace attend

@@ -52,11 +52,12 @@ void flash_attn_varlen_int8(const FlashAttnVarlenInt8Args& args, Executor* execu
 /// Runs a plan made for these lengths, heads, mask and this executor's number of workers.
 /// query_start_loc and seq_lens may be undefined: the plan has them.
 /// @pre workspace.size >= plan.workspace_bytes. No allocation.
-/// @throws InvalidArgument, before anything is written.
+/// @throws InvalidArgument; Unsupported unless the plan's arithmetic is automatic: integers have no
+/// other. Both before anything is written.
 void flash_attn_varlen_int8(const FlashAttnVarlenInt8Args& args, const AttentionPlan& plan,
                             Workspace workspace, Executor& executor);
 
-/// Makes the checks of the overload above and nothing else. @throws InvalidArgument.
+/// Makes the checks of the overload above and nothing else. @throws InvalidArgument; Unsupported.
 void validate(const FlashAttnVarlenInt8Args& args, const AttentionPlan& plan, Workspace workspace,
               const Executor& executor);
 

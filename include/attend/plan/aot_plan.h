@@ -19,8 +19,9 @@ struct AotLimits {
 /// plan_attention() give the same bits. Shared prefixes are not supported.
 class AotPlan {
  public:
-  /// Heads, head sizes, windows, level, num_workers and max_num_splits come from `shape`; its
-  /// lengths are not looked at. @throws InvalidArgument, Unsupported as plan_attention().
+  /// Heads, head sizes, windows, level, arithmetic, num_workers and max_num_splits come from
+  /// `shape`; its lengths are not looked at. @throws InvalidArgument, Unsupported as
+  /// plan_attention().
   AotPlan(const AttentionPlanInput& shape, const AotLimits& limits);
   ~AotPlan();
   AotPlan(const AotPlan&) = delete;

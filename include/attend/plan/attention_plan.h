@@ -8,6 +8,7 @@
 
 #include "attend/core/cpu.h"
 #include "attend/core/dtype.h"
+#include "attend/plan/arithmetic.h"
 
 namespace attend {
 
@@ -38,6 +39,9 @@ struct AttentionPlanInput {
   int num_workers = 1;                           ///< workers of the executor that will run the plan
   int max_num_splits = 0;       ///< most parts along keys of a unit: 0 = as many as help, 1 = none
   std::optional<IsaLevel> isa;  ///< kernel level; unset = that of kernel_choice()
+  /// What multiplies. A plan does not know the types of its tensors: an op that cannot serve them
+  /// with this arithmetic at the level refuses the plan (kernel_level()).
+  Arithmetic arithmetic = Arithmetic::automatic;
   /// Prefixes to attend to once for all requests that share them, or empty. Each lies beside those
   /// before it, or inside of one of them and is longer. The bits of no row depend on them.
   std::span<const SharedPrefix> shared_prefixes;
@@ -90,6 +94,7 @@ struct AttentionPlan {
   int num_workers = 1, max_num_splits = 0;
   IsaLevel isa = IsaLevel::scalar;  ///< highest level of the kernels that run it
   bool isa_given = false;           ///< its maker named the level: kernel_choice() has no say
+  Arithmetic arithmetic = Arithmetic::automatic;  ///< as given
 
   /// Largest first. Those of an AotPlan end with units and reductions of zeros, which are no work.
   std::vector<WorkUnit> units;

@@ -71,7 +71,8 @@ std::string describe(const CascadeDecision& decision);
 /// Decides. Sharing needs room for partial results in the workspace: those of every row of a
 /// request that shares something, one for what is shared and one for each 256 keys of its own.
 /// Automatic and always look for requests next to each other whose block tables begin alike, groups
-/// inside of groups included.
+/// inside of groups included. @throws Unsupported if the batch asks for an arithmetic that the
+/// cache's type does not have (arithmetic_level()).
 CascadeDecision decide_cascade(const CascadeInput& input);
 
 }  // namespace attend

@@ -6,8 +6,10 @@
 #include <string>
 #include <string_view>
 
+#include "attend/cache/kv_cache_spec.h"
 #include "attend/core/cpu.h"
 #include "attend/core/dtype.h"
+#include "attend/plan/arithmetic.h"
 #include "attend/plan/attention_plan.h"
 
 /// Which level's kernels attend, where a caller names none: the highest one that the machine has,
@@ -45,6 +47,16 @@ std::string_view to_string(KernelKind kind) noexcept;
 /// The kind that attends with these types of queries, keys and values.
 /// @pre An op takes them together.
 KernelKind kernel_kind(DType q, DType k, DType v) noexcept;
+/// The same for a layer that computes in `dtype` with a cache that holds `stored` elements in a
+/// format. @pre A back end takes them together.
+KernelKind kernel_kind(DType dtype, DType stored, KvFormat format) noexcept;
+
+/// Queries and keys are multiplied as integers, in the one way that there is for them.
+constexpr bool is_integer(KernelKind kind) noexcept { return kind >= KernelKind::int8_level1; }
+/// Whether the kernels of a level for a kind are those of Arithmetic::fast.
+bool has_fast_kernel(IsaLevel level, KernelKind kind) noexcept;
+/// What the kernels of a level do for a kind: "exact", "fast" or "integer".
+std::string_view arithmetic_name(IsaLevel level, KernelKind kind) noexcept;
 
 /// A level for each kind, indexed by it.
 using KernelLevels = std::array<IsaLevel, kNumKernelKinds>;
@@ -70,8 +82,18 @@ struct KernelChoice {
 /// @throws Unsupported as active_isa() does.
 const KernelChoice& kernel_choice();
 
+/// Whether a kind can be attended to with this arithmetic by kernels of `level` or below.
+bool is_served(Arithmetic arithmetic, IsaLevel level, KernelKind kind) noexcept;
+/// Level of the kernels that do this arithmetic for a kind: `level`, or the highest below it whose
+/// kernels are exact if they must be. Allocates nothing. @throws Unsupported, in the name of `op`,
+/// unless is_served().
+IsaLevel arithmetic_level(Arithmetic arithmetic, IsaLevel level, KernelKind kind,
+                          std::string_view op = "arithmetic_level");
+
 /// Level of the kernels that run `plan` for problems of a kind: the plan's if its maker named one,
-/// else that of kernel_choice().
-IsaLevel kernel_level(const AttentionPlan& plan, KernelKind kind);
+/// else that of kernel_choice(), and below it where the plan's arithmetic wants so.
+/// @throws Unsupported as arithmetic_level().
+IsaLevel kernel_level(const AttentionPlan& plan, KernelKind kind,
+                      std::string_view op = "kernel_level");
 
 }  // namespace attend

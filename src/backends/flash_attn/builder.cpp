@@ -6,6 +6,7 @@
 #include <limits>
 #include <utility>
 
+#include "attend/plan/kernel_choice.h"
 #include "backends/flash_attn/flash_attn.h"
 #include "backends/flash_attn/metadata.h"
 #include "core/check.h"
@@ -49,6 +50,9 @@ void check_config(const BuilderConfig& c) {
       c.num_speculative_tokens);
   check::require(c.num_workers >= 1, at("num_workers"), "a number >= 1", c.num_workers);
   check::require(c.max_num_splits >= 0, at("max_num_splits"), "a number >= 0", c.max_num_splits);
+  // Queries are of the layer's type, which only matters for int8_level2, and not here.
+  const KernelKind kind = kernel_kind(DType::bf16, c.cache.dtype, c.cache.format);
+  arithmetic_level(c.arithmetic, kernel_choice().level(kind), kind, kMakeOp);
 }
 
 /// Checks the form of a table for requests of these lengths; the op, which reads the block ids,
@@ -251,6 +255,7 @@ class FlashAttnBuilder final : public MetadataBuilder {
     input.window_right = config_.window_right;
     input.num_workers = config_.num_workers;
     input.max_num_splits = config_.max_num_splits;
+    input.arithmetic = config_.arithmetic;
     input.causal = false;
     if (config_.attn_type == AttentionType::decoder) {
       input.causal = batch.causal;
@@ -302,6 +307,7 @@ class FlashAttnBuilder final : public MetadataBuilder {
     input.window_right = plan.window_right;
     input.num_workers = plan.num_workers;
     input.max_num_splits = plan.max_num_splits;
+    input.arithmetic = plan.arithmetic;
     if (plan.isa_given) input.isa = plan.isa;
     return plan_attention(input);
   }

@@ -48,11 +48,11 @@ class FlashAttnBackendCase final : public Case {
     if (has_cache()) cache_.freeze();
   }
 
-  Outcome run(IsaLevel, Executor& executor) override {
+  Outcome run(const KernelOptions& kernels, Executor& executor) override {
     output_.reset();
     lse_.reset();
     if (has_cache()) cache_.reset();
-    const auto builder = backend_.make_builder(builder_config(executor));
+    const auto builder = backend_.make_builder(builder_config(kernels.arithmetic, executor));
     const auto metadata = builder->build(0, batch_);
     Buffer workspace(metadata->workspace_bytes());
     if (workspace.size() > 0) std::memset(workspace.data(), 0xff, workspace.size());
@@ -77,6 +77,10 @@ class FlashAttnBackendCase final : public Case {
       expect_undamaged(outcome, "kv_cache", cache_);
     }
     return outcome;
+  }
+
+  std::optional<KernelKind> kind() const override {
+    return kernel_kind(shape_.dtype, stored(), stored());
   }
 
   std::string describe() const override {
@@ -332,13 +336,16 @@ class FlashAttnBackendCase final : public Case {
     expect_undamaged(outcome, name, got);
   }
 
-  BuilderConfig builder_config(const Executor& executor) const {
+  DType stored() const { return has_cache() ? spec_.dtype : shape_.dtype; }
+
+  BuilderConfig builder_config(Arithmetic arithmetic, const Executor& executor) const {
     BuilderConfig c;
+    c.arithmetic = arithmetic;
     c.num_q_heads = shape_.q_heads();
     c.cache = spec_;
     c.cache.num_kv_heads = shape_.kv_heads;
     c.cache.head_size = shape_.head_dim;
-    c.cache.dtype = has_cache() ? spec_.dtype : shape_.dtype;
+    c.cache.dtype = stored();
     c.window_left = shape_.window_left;
     c.window_right = shape_.window_right;
     c.num_workers = executor.num_workers();
@@ -395,7 +402,7 @@ class FlashAttnBackendCase final : public Case {
 
 Op op_backend_flash_attn() {
   return {backend_op_name(kBackend), false,
-          [](Rng& rng) { return std::make_unique<FlashAttnBackendCase>(rng); }};
+          [](Rng& rng) { return std::make_unique<FlashAttnBackendCase>(rng); }, true};
 }
 
 }  // namespace attend::conformance

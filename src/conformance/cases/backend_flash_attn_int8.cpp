@@ -50,9 +50,9 @@ class Int8BackendCase final : public Case {
     for (int r = 0; r < shape_.num_reqs(); ++r) expect_request(r);
   }
 
-  Outcome run(IsaLevel, Executor& executor) override {
+  Outcome run(const KernelOptions& kernels, Executor& executor) override {
     for (Storage* s : {&output_, &lse_, &cache_, &scale_cache_}) s->reset();
-    const auto builder = backend_.make_builder(builder_config(executor));
+    const auto builder = backend_.make_builder(builder_config(kernels.arithmetic, executor));
     const auto metadata = builder->build(0, batch_);
     Buffer workspace(metadata->workspace_bytes());
     if (workspace.size() > 0) std::memset(workspace.data(), 0xff, workspace.size());
@@ -76,6 +76,10 @@ class Int8BackendCase final : public Case {
     expect_undamaged(outcome, "kv_cache", cache_);
     expect_undamaged(outcome, "kv_scale_cache", scale_cache_);
     return outcome;
+  }
+
+  std::optional<KernelKind> kind() const override {
+    return kernel_kind(shape_.dtype, DType::i8, format_);
   }
 
   std::string describe() const override {
@@ -312,8 +316,9 @@ class Int8BackendCase final : public Case {
     }
   }
 
-  BuilderConfig builder_config(const Executor& executor) const {
+  BuilderConfig builder_config(Arithmetic arithmetic, const Executor& executor) const {
     BuilderConfig c;
+    c.arithmetic = arithmetic;
     c.num_q_heads = shape_.q_heads();
     c.cache = spec_;
     c.window_left = shape_.window_left;
@@ -363,7 +368,7 @@ class Int8BackendCase final : public Case {
 
 Op op_backend_flash_attn_int8() {
   return {backend_op_name(kBackend) + ":int8", false,
-          [](Rng& rng) { return std::make_unique<Int8BackendCase>(rng); }};
+          [](Rng& rng) { return std::make_unique<Int8BackendCase>(rng); }, true};
 }
 
 }  // namespace attend::conformance

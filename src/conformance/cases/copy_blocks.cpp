@@ -18,7 +18,7 @@ class CopyBlocksCase final : public Case {
     moves_ = random_moves(rng, blocks_, blocks_);
   }
 
-  Outcome run(IsaLevel, Executor&) override {
+  Outcome run(const KernelOptions&, Executor&) override {
     std::vector<TensorView> views;
     for (Storage& cache : caches_) {
       cache.reset();

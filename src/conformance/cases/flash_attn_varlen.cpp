@@ -18,12 +18,12 @@ class FlashAttnVarlenCase final : public Case {
         lengths_in_plan_only_(rng.chance(0.5)),
         expected_(oracle::flash_attn_varlen(problem_.args())) {}
 
-  Outcome run(IsaLevel isa, Executor& executor) override {
+  Outcome run(const KernelOptions& kernels, Executor& executor) override {
     problem_.reset();
     if (planned_) {
-      run_planned(isa, executor);
+      run_planned(kernels, executor);
     } else {
-      flash_attn_varlen(problem_.args(), &executor, isa);
+      flash_attn_varlen(problem_.args(), &executor, kernels);
     }
     Outcome outcome;
     compare_written(outcome, "out", problem_.out, expected_.out, expected_.out_bound);
@@ -33,12 +33,14 @@ class FlashAttnVarlenCase final : public Case {
     return outcome;
   }
 
+  std::optional<KernelKind> kind() const override { return problem_.kind(); }
+
   std::string describe() const override {
     return problem_.describe() + (planned_ ? " planned" : "");
   }
 
  private:
-  void run_planned(IsaLevel isa, Executor& executor) {
+  void run_planned(const KernelOptions& kernels, Executor& executor) {
     const AttentionShape& s = problem_.shape;
     const std::vector<std::int32_t> query_start_loc = s.query_start_loc();
     AttentionPlanInput input;
@@ -52,7 +54,8 @@ class FlashAttnVarlenCase final : public Case {
     input.window_left = s.window_left;
     input.window_right = s.window_right;
     input.num_workers = executor.num_workers();
-    input.isa = isa;
+    input.isa = kernels.isa;
+    input.arithmetic = kernels.arithmetic;
     const AttentionPlan plan = plan_attention(input);
     Buffer workspace(plan.workspace_bytes);
     // Contents of a workspace are undefined: NaN must not reach the result.
@@ -75,7 +78,7 @@ class FlashAttnVarlenCase final : public Case {
 
 Op op_flash_attn_varlen() {
   return {"flash_attn_varlen", true,
-          [](Rng& rng) { return std::make_unique<FlashAttnVarlenCase>(rng); }};
+          [](Rng& rng) { return std::make_unique<FlashAttnVarlenCase>(rng); }, true};
 }
 
 }  // namespace attend::conformance

@@ -12,9 +12,9 @@ class FlashAttnVarlenInt8Case final : public Case {
       : problem_(rng, random_shape(rng), random_int8_options(rng)),
         expected_(oracle::flash_attn_varlen_int8(problem_.args())) {}
 
-  Outcome run(IsaLevel isa, Executor& executor) override {
+  Outcome run(const KernelOptions& kernels, Executor& executor) override {
     problem_.reset();
-    flash_attn_varlen_int8(problem_.args(), &executor, isa);
+    flash_attn_varlen_int8(problem_.args(), &executor, kernels.isa);
     Outcome outcome;
     compare_written(outcome, "out", problem_.out, expected_.out, expected_.out_bound);
     if (problem_.options.lse) {

@@ -16,9 +16,9 @@ class FlashAttnWithKvCacheCase final : public Case {
     if (problem_.options.append) appended_ = oracle::appended_keys(problem_.args());
   }
 
-  Outcome run(IsaLevel isa, Executor& executor) override {
+  Outcome run(const KernelOptions& kernels, Executor& executor) override {
     problem_.reset();
-    flash_attn_with_kvcache(problem_.args(), &executor, isa);
+    flash_attn_with_kvcache(problem_.args(), &executor, kernels);
     Outcome outcome;
     compare_written(outcome, "out", problem_.out, expected_.out, expected_.out_bound);
     if (problem_.options.lse) {
@@ -28,6 +28,11 @@ class FlashAttnWithKvCacheCase final : public Case {
     expect_undamaged(outcome, "k_cache", problem_.k_cache);
     expect_undamaged(outcome, "v_cache", problem_.v_cache);
     return outcome;
+  }
+
+  std::optional<KernelKind> kind() const override {
+    const DType dtype = problem_.shape.dtype;
+    return kernel_kind(dtype, dtype, dtype);
   }
 
   std::string describe() const override { return problem_.describe(); }
@@ -66,7 +71,7 @@ class FlashAttnWithKvCacheCase final : public Case {
 
 Op op_flash_attn_with_kvcache() {
   return {"flash_attn_with_kvcache", true,
-          [](Rng& rng) { return std::make_unique<FlashAttnWithKvCacheCase>(rng); }};
+          [](Rng& rng) { return std::make_unique<FlashAttnWithKvCacheCase>(rng); }, true};
 }
 
 }  // namespace attend::conformance

@@ -44,7 +44,7 @@ class MergeAttnStatesCase final : public Case {
     for (Storage* s : {&prefix_out_, &suffix_out_, &out_, &lse_}) s->freeze();
   }
 
-  Outcome run(IsaLevel, Executor& executor) override {
+  Outcome run(const KernelOptions&, Executor& executor) override {
     for (Storage* s : {&prefix_out_, &suffix_out_, &out_, &lse_}) s->reset();
     merge_attn_states(args(), &executor);
     Outcome outcome;

@@ -45,7 +45,7 @@ class ReshapeAndCacheFlashCase final : public Case {
     value_cache_.freeze();
   }
 
-  Outcome run(IsaLevel, Executor& executor) override {
+  Outcome run(const KernelOptions&, Executor& executor) override {
     key_cache_.reset();
     value_cache_.reset();
     ReshapeAndCacheFlashArgs args;

@@ -44,7 +44,7 @@ class PerTokenHeadCase final : public Case {
     for (Storage* s : caches()) s->freeze();
   }
 
-  Outcome run(IsaLevel, Executor& executor) override {
+  Outcome run(const KernelOptions&, Executor& executor) override {
     for (Storage* s : caches()) s->reset();
     ReshapeAndCachePerTokenHeadArgs args;
     args.key = key_.view();

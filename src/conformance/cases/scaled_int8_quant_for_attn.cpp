@@ -44,7 +44,7 @@ class ScaledInt8QuantCase final : public Case {
     scale_.freeze();
   }
 
-  Outcome run(IsaLevel, Executor& executor) override {
+  Outcome run(const KernelOptions&, Executor& executor) override {
     output_.reset();
     scale_.reset();
     ScaledInt8QuantArgs args;

@@ -47,6 +47,9 @@ void attend_to(const Int8Problem& p, const AttentionPlan& plan, Workspace ws, Ex
   flash_attn_varlen_int8(p.args(), plan, ws, e);
 }
 
+std::optional<KernelKind> kind_of(const VarlenProblem& p) { return p.kind(); }
+std::optional<KernelKind> kind_of(const Int8Problem&) { return std::nullopt; }
+
 template <typename Problem, typename Options>
 class SharedCase final : public Case {
  public:
@@ -55,11 +58,11 @@ class SharedCase final : public Case {
         planned_workers_(rng.pick({1, 2, 3, 16})),
         expected_(expected_of(problem_)) {}
 
-  Outcome run(IsaLevel isa, Executor& /*executor*/) override {
-    run_plan(isa, {});
+  Outcome run(const KernelOptions& kernels, Executor& /*executor*/) override {
+    run_plan(kernels, {});
     const std::vector<std::byte> out = bytes_of(problem_.out);
     const std::vector<std::byte> lse = bytes_of(problem_.lse);
-    run_plan(isa, problem_.shared_prefixes);
+    run_plan(kernels, problem_.shared_prefixes);
     Outcome outcome;
     if (bytes_of(problem_.out) != out) outcome.fail("out has other bits than without sharing");
     if (bytes_of(problem_.lse) != lse) outcome.fail("lse has other bits than without sharing");
@@ -70,6 +73,8 @@ class SharedCase final : public Case {
     return outcome;
   }
 
+  std::optional<KernelKind> kind() const override { return kind_of(problem_); }
+
   std::string describe() const override {
     std::string text = problem_.describe() + " shared";
     for (const SharedPrefix& p : problem_.shared_prefixes)
@@ -78,7 +83,7 @@ class SharedCase final : public Case {
   }
 
  private:
-  void run_plan(IsaLevel isa, std::span<const SharedPrefix> prefixes) {
+  void run_plan(const KernelOptions& kernels, std::span<const SharedPrefix> prefixes) {
     problem_.reset();
     const AttentionShape& s = problem_.shape;
     const std::vector<std::int32_t> query_start_loc = s.query_start_loc();
@@ -93,7 +98,8 @@ class SharedCase final : public Case {
     input.window_left = s.window_left;
     input.window_right = s.window_right;
     input.num_workers = planned_workers_;
-    input.isa = isa;
+    input.isa = kernels.isa;
+    input.arithmetic = kernels.arithmetic;
     input.shared_prefixes = prefixes;
     const AttentionPlan plan = plan_attention(input);
     Buffer workspace(plan.workspace_bytes);
@@ -118,6 +124,6 @@ std::unique_ptr<Case> make_case(Rng& rng) {
 
 }  // namespace
 
-Op op_shared_prefixes() { return {"shared_prefixes", true, make_case}; }
+Op op_shared_prefixes() { return {"shared_prefixes", true, make_case, true}; }
 
 }  // namespace attend::conformance

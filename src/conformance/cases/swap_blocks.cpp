@@ -19,7 +19,7 @@ class SwapBlocksCase final : public Case {
     dst_.freeze();
   }
 
-  Outcome run(IsaLevel, Executor&) override {
+  Outcome run(const KernelOptions&, Executor&) override {
     src_.reset();
     dst_.reset();
     for (const BlockMove& move : moves_) expect_move(dst_, src_, shape_.block_dim, move);

@@ -129,10 +129,10 @@ Part attend_to_new_keys(const DcpAttentionArgs& a, const AttentionPlans& plans,
 }  // namespace
 
 void dcp_attention(const DcpAttentionArgs& a, Communicator& comm, Executor* executor,
-                   std::optional<IsaLevel> isa) {
+                   const KernelOptions& kernels) {
   Executor& run_on = executor != nullptr ? *executor : default_executor();
   const AttentionSizes s = dcp::check_attention(a, comm);
-  const AttentionPlans plans = dcp::plan_attention_steps(a, s, run_on.num_workers(), isa);
+  const AttentionPlans plans = dcp::plan_attention_steps(a, s, run_on.num_workers(), kernels);
 
   const TensorView all_q = gather_queries(a.q, s, comm);
   const Part partial = attend_to_context(a, all_q, plans.context, s, run_on);

@@ -152,7 +152,7 @@ AttentionSizes check_attention(const DcpAttentionArgs& a, const Communicator& co
 }
 
 AttentionPlans plan_attention_steps(const DcpAttentionArgs& a, const AttentionSizes& s,
-                                    int num_workers, std::optional<IsaLevel> isa) {
+                                    int num_workers, const KernelOptions& kernels) {
   AttentionPlanInput in;
   in.op = kOp.data();
   in.query_start_loc = check::i32_array({kOp, "query_start_loc"}, a.query_start_loc, -1);
@@ -171,13 +171,15 @@ AttentionPlans plan_attention_steps(const DcpAttentionArgs& a, const AttentionSi
   in.head_dim_qk = static_cast<int>(s.dim);
   in.head_dim_v = static_cast<int>(s.dim_v);
   in.num_workers = num_workers;
-  in.isa = isa;
+  in.isa = kernels.isa;
+  in.arithmetic = kernels.arithmetic;
   in.causal = false;
   in.seq_lens = context;
   in.num_q_heads = static_cast<int>(s.all_heads());
   in.num_kv_heads = static_cast<int>(s.kv_heads);
   AttentionPlans plans;
   plans.context = plan_attention(in);
+  ops::check_arithmetic(kOp, plans.context, a.q.dtype, a.k_cache.dtype, a.v_cache.dtype);
   ops::check_block_table(kOp, a.block_table, plans.context, static_cast<int>(a.k_cache.shape[1]),
                          a.k_cache.shape[0]);
   plans.runs = head_runs(s);

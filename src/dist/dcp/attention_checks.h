@@ -36,8 +36,9 @@ struct AttentionPlans {
 /// Unsupported.
 AttentionSizes check_attention(const DcpAttentionArgs& args, const Communicator& communicator);
 
-/// Plans, and checks lengths and the block table by them. @throws InvalidArgument.
+/// Plans, and checks lengths and the block table by them, and that there are such kernels.
+/// @throws InvalidArgument, Unsupported.
 AttentionPlans plan_attention_steps(const DcpAttentionArgs& args, const AttentionSizes& sizes,
-                                    int num_workers, std::optional<IsaLevel> isa);
+                                    int num_workers, const KernelOptions& kernels);
 
 }  // namespace attend::dcp
