@@ -312,7 +312,7 @@ TEST(ExactArithmetic, ErrsAsWeightsOfFloat32Do) {
     p.run({level, Arithmetic::exact});
     const Errors exact = errors_of(p);
     RecordProperty(std::string(to_string(level)), std::to_string(exact.got / exact.rounded));
-    // Weights of two bf16 parts fail: on average their error is some 1/400 of a rounded weight's.
+    // Weights of two bf16 parts fail: on average their error is some 1/360 of a rounded weight's.
     EXPECT_LT(1000.0 * exact.got, exact.rounded) << to_string(level);
   }
 }
