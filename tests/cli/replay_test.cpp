@@ -5,7 +5,6 @@
 #include <filesystem>
 #include <nlohmann/json.hpp>
 
-#include "attend/plan/kernel_choice.h"
 #include "cli/run_cli.h"
 #include "support/scale.h"
 #include "support/temp_folder.h"
@@ -70,7 +69,8 @@ TEST(ReplayCommand, SaysWhatTheCacheHolds) {
 }
 
 TEST(ReplayCommand, SaysWhichArithmeticRan) {
-  const bool fast = has_fast_kernel(kernel_choice().level(KernelKind::bf16), KernelKind::bf16);
+  const auto info = nlohmann::json::parse(run_cli("info --json -").out);
+  const bool fast = info.at("kernels").at("arithmetic").at("bf16") == "fast";
   const auto run = [](const std::string& options) {
     const CliResult r = run_cli(kSmall + options + " --check 20 --json -");
     EXPECT_EQ(r.exit_code, 0) << r.err;
