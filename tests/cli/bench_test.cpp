@@ -65,6 +65,7 @@ TEST(BenchCommand, JsonHasTheStableKeys) {
   ASSERT_EQ(r.exit_code, 0) << r.err;
   const auto j = nlohmann::json::parse(r.out);
   EXPECT_GT(j.at("ceilings").at("read_gbps"), 0.0);
+  EXPECT_GT(j.at("ceilings").at("run_read_gbps"), 0.0);
   ASSERT_EQ(j.at("cases").size(), 1U);
   const auto& c = j.at("cases").at(0);
   EXPECT_EQ(c.at("case"), "single_token_128_1t");
