@@ -11,6 +11,7 @@
 #include "attend/batch/common_metadata.h"
 #include "attend/cache/kv_cache_spec.h"
 #include "attend/core/executor.h"
+#include "attend/core/mla_dims.h"
 #include "attend/core/tensor_view.h"
 #include "attend/core/workspace.h"
 #include "attend/plan/aot_plan.h"
@@ -20,6 +21,8 @@
 /// The interface that every attention back end implements: capability (data), metadata builder
 /// (once per batch), impl (once per layer).
 namespace attend {
+
+class MlaWeights;
 
 enum class AttentionType : std::uint8_t { decoder, encoder, encoder_only, encoder_decoder };
 std::string_view to_string(AttentionType t) noexcept;
@@ -79,6 +82,22 @@ enum class GraphSupport : std::uint8_t {
   always
 };
 
+/// What an MLA back end's builder needs besides the cache.
+struct MlaBuilderConfig {
+  MlaDims dims;
+  /// Prefill back end by name, or "auto": select_mla_prefill() on `platform`. The layers' impls
+  /// must be made with the same one.
+  std::string prefill_backend = "auto";
+  Platform platform;
+  // Size of the workspace that context is gathered into, see mla_workspace_tokens().
+  std::int64_t max_model_len = 0;  ///< tokens of the longest request, >= 1
+  int max_num_seqs = 0;            ///< requests of the largest batch, >= 1
+  /// Tokens of that workspace, at least one block; 0 = mla_workspace_tokens().
+  std::int64_t workspace_tokens = 0;
+  /// Longest query (inclusive) that takes the decode path; 0 = the back end's default.
+  int decode_threshold = 0;
+};
+
 /// What a builder is made for: one group of layers with the same cache.
 struct BuilderConfig {
   int num_q_heads = 0;
@@ -96,6 +115,9 @@ struct BuilderConfig {
   /// What multiplies, in all layers of the group. A builder refuses what the cache's type does not
   /// have at the level in use: Unsupported.
   Arithmetic arithmetic = Arithmetic::automatic;
+  /// MLA back ends only, and needed there. cache.num_kv_heads is then 1, cache.head_size the
+  /// cache_dim() of `dims`.
+  std::optional<MlaBuilderConfig> mla;
 };
 
 /// Result of a builder; each back end derives its own. Immutable once built, shared by all layers.
@@ -139,6 +161,13 @@ class MetadataBuilder {
   virtual GraphSupport graph_support() const noexcept { return GraphSupport::never; }
 };
 
+/// What an MLA layer has besides.
+struct MlaLayerConfig {
+  std::shared_ptr<const MlaWeights> weights;  ///< not null; of the layer's dtype
+  std::string prefill_backend = "auto";       ///< as the builder's
+  Platform platform;                          ///< as the builder's
+};
+
 /// Constants of one layer.
 struct ImplConfig {
   int num_q_heads = 0;
@@ -164,6 +193,9 @@ struct ImplConfig {
   /// int8_level1 only, and needed there: scales of the values, [num_kv_heads, head_size], each
   /// finite and > 0, as ValueScales has them for the layer. Empty for other caches.
   std::vector<float> value_scales;
+  /// MLA back ends only, and needed there. num_kv_heads is then 1, head_size the cache_dim() of its
+  /// weights, k_scale the scale of an fp8 cache, and the default of `scale` 1 / sqrt(qk_head_dim).
+  std::optional<MlaLayerConfig> mla;
 };
 
 /// Tensors of one layer's call. T may exceed the batch's num_tokens (padding): rows beyond it are
@@ -174,12 +206,18 @@ struct ForwardArgs {
   /// longer, the encoder's rows that CommonMetadata::encoder_slot_mapping gives slots to.
   ConstTensorView key;
   ConstTensorView value;  ///< like key; given iff key is
+  /// MLA instead of key and value: [T, L] normed latents of the new tokens; undefined = they are
+  /// already in the cache. query is then [T, Hq, P + R], rotated, output [T, Hq, V].
+  ConstTensorView kv_c;
+  ConstTensorView k_pe;  ///< [T, R], rotated; given iff kv_c is
   /// Logical shape of Backend::kv_cache_shape(); undefined for encoders without cache.
   TensorView kv_cache;
   /// Shape of Backend::kv_scale_shape(), f32, any strides; undefined if that is empty.
   TensorView kv_scale_cache;
   TensorView output;  ///< [T, Hq, D]
-  TensorView lse;     ///< f32 [T, Hq], natural log; undefined = not wanted
+  /// MLA with an fp8_e4m3 output: an output code stands for code * output_scale, finite and > 0.
+  std::optional<float> output_scale;
+  TensorView lse;  ///< f32 [T, Hq], natural log; undefined = not wanted
   Workspace workspace;
   Executor* executor = nullptr;  ///< null = default_executor()
 };

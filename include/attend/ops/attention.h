@@ -37,6 +37,21 @@ struct AttentionParams {
   bool lse_includes_sink = false;
 };
 
+/// Sums of query rows whose keys come in several calls. The calls have the bits of one call over all
+/// keys if each but the last brings a multiple of kPieceSize keys a request.
+struct AttentionCarry {
+  /// f32 [T', Hq, Dv + 2], contiguous: running maximum and sum, then the weighted values. What it
+  /// holds is for these calls alone. T' >= T; with `last` the rows behind those of the last request
+  /// that resumes may be missing. Undefined = off.
+  TensorView state;
+  /// u8 [B], contiguous: not 0 = the request goes on from its state, 0 = it begins and its state is
+  /// not read. Undefined = all begin.
+  ConstTensorView resumes;
+  /// true: out and lse are written and the state is only read. false: the state is written, out and
+  /// lse must be undefined. Requests without a visible key in this call keep what they had.
+  bool last = true;
+};
+
 /// Arguments of flash_attn_varlen. B requests, T query tokens, Hq/Hkv heads, D/Dv head sizes.
 /// dtype of q, k, v, out: all f32, all f16 or all bf16. Or k and v both fp8_e4m3 or both fp8_e5m2:
 /// then q is any of the five and out f32, f16 or bf16 (that of q, unless q is fp8). Or k and v both
@@ -64,6 +79,7 @@ struct FlashAttnVarlenArgs {
   /// real value = stored value * scale. Both with i8 k and v; with fp8 ones both or neither,
   /// besides the descales; else undefined. A NaN makes the rows NaN that see that key.
   ConstTensorView k_token_scale, v_token_scale;
+  AttentionCarry carry;
   AttentionParams params;
 };
 
