@@ -54,7 +54,7 @@ std::span<const std::int64_t> require_slots(std::string_view op,
   const auto slots = check::i64_array(where, slot_mapping, -1);
   check::require(
       static_cast<std::int64_t>(slots.size()) <= num_rows, where,
-      [&] { return fmt::format("at most {} entries, the rows of key", num_rows); }, slots.size());
+      [&] { return fmt::format("at most {} entries, one a row", num_rows); }, slots.size());
   for (std::size_t t = 0; t < slots.size(); ++t) {
     check::require(
         slots[t] < capacity, where,

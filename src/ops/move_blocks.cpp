@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "attend/ops/cache.h"
+#include "attend/ops/mla_cache.h"
 #include "core/check.h"
 #include "ops/strided_copy.h"
 
@@ -50,6 +51,24 @@ void move(const TensorView& dst, const ConstTensorView& src, int block_dim,
   }
 }
 
+void copy_blocks_of(std::string_view op, std::span<const TensorView> caches, int block_dim,
+                    std::span<const BlockMove> moves) {
+  const check::Where where{op, "caches"};
+  for (std::size_t i = 0; i < caches.size(); ++i) {
+    require_cache(where, caches[i]);
+    require_block_dim(op, block_dim, caches[i]);
+    check::distinct_elements(where, caches[i]);
+    for (std::size_t k = 0; k < i; ++k) {
+      // Moves that depend on each other would be applied twice to shared memory.
+      check::require(!check::overlaps(caches[i], caches[k]), where, "caches apart from each other",
+                     [&] { return fmt::format("shared memory at indices {} and {}", k, i); });
+    }
+    const std::int64_t blocks = caches[i].shape[block_dim];
+    require_moves(op, moves, blocks, blocks);
+  }
+  for (const TensorView& cache : caches) move(cache, cache, block_dim, moves);
+}
+
 }  // namespace
 
 void swap_blocks(const ConstTensorView& src, const TensorView& dst, int block_dim,
@@ -77,21 +96,13 @@ void swap_blocks(const ConstTensorView& src, const TensorView& dst, int block_di
 
 void copy_blocks(std::span<const TensorView> caches, int block_dim,
                  std::span<const BlockMove> moves) {
-  constexpr std::string_view kOp = "copy_blocks";
-  const check::Where where{kOp, "caches"};
-  for (std::size_t i = 0; i < caches.size(); ++i) {
-    require_cache(where, caches[i]);
-    require_block_dim(kOp, block_dim, caches[i]);
-    check::distinct_elements(where, caches[i]);
-    for (std::size_t k = 0; k < i; ++k) {
-      // Moves that depend on each other would be applied twice to shared memory.
-      check::require(!check::overlaps(caches[i], caches[k]), where, "caches apart from each other",
-                     [&] { return fmt::format("shared memory at indices {} and {}", k, i); });
-    }
-    const std::int64_t blocks = caches[i].shape[block_dim];
-    require_moves(kOp, moves, blocks, blocks);
-  }
-  for (const TensorView& cache : caches) move(cache, cache, block_dim, moves);
+  copy_blocks_of("copy_blocks", caches, block_dim, moves);
+}
+
+void copy_blocks_mla(std::span<const TensorView> caches, std::span<const BlockMove> moves) {
+  constexpr std::string_view kOp = "copy_blocks_mla";
+  for (const TensorView& cache : caches) check::tensor({kOp, "caches"}, cache, 3, {});
+  copy_blocks_of(kOp, caches, 0, moves);
 }
 
 }  // namespace attend

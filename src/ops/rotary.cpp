@@ -8,11 +8,11 @@
 namespace attend::ops {
 namespace {
 
-template <typename T>
+template <typename T, typename Table>
 void rotate(const RotaryTables& tables, std::int64_t position, const T* from, T* to) noexcept {
   const std::int64_t pairs = tables.cos.shape[1];
-  const T* cos = tables.cos.as<T>() + position * tables.cos.strides[0];
-  const T* sin = tables.sin.as<T>() + position * tables.sin.strides[0];
+  const Table* cos = tables.cos.as<Table>() + position * tables.cos.strides[0];
+  const Table* sin = tables.sin.as<Table>() + position * tables.sin.strides[0];
   for (std::int64_t i = 0; i < pairs; ++i) {
     const std::int64_t first = tables.interleaved ? 2 * i : i;
     const std::int64_t second = tables.interleaved ? 2 * i + 1 : i + pairs;
@@ -23,19 +23,28 @@ void rotate(const RotaryTables& tables, std::int64_t position, const T* from, T*
   }
 }
 
+template <typename T>
+void rotate_as(const RotaryTables& tables, std::int64_t position, const void* from,
+               void* to) noexcept {
+  const auto* x = static_cast<const T*>(from);
+  auto* y = static_cast<T*>(to);
+  tables.cos.dtype == DType::f32 ? rotate<T, float>(tables, position, x, y)
+                                 : rotate<T, T>(tables, position, x, y);
+}
+
 }  // namespace
 
 void rotate_row(const RotaryTables& tables, std::int64_t position, const void* from, void* to,
                 std::int64_t head_dim, DType dtype) noexcept {
-  std::memcpy(to, from, static_cast<std::size_t>(head_dim) * size_of(dtype));
+  if (to != from) std::memcpy(to, from, static_cast<std::size_t>(head_dim) * size_of(dtype));
   if (!tables.defined()) return;
   switch (dtype) {
     case DType::f32:
-      return rotate(tables, position, static_cast<const float*>(from), static_cast<float*>(to));
+      return rotate_as<float>(tables, position, from, to);
     case DType::f16:
-      return rotate(tables, position, static_cast<const f16*>(from), static_cast<f16*>(to));
+      return rotate_as<f16>(tables, position, from, to);
     default:
-      return rotate(tables, position, static_cast<const bf16*>(from), static_cast<bf16*>(to));
+      return rotate_as<bf16>(tables, position, from, to);
   }
 }
 

@@ -13,8 +13,9 @@ struct RotaryTables {
   bool defined() const noexcept { return cos.defined(); }
 };
 
-/// to = from rotated to `position`, all in the tables' dtype; plain copy without tables. Products
-/// and sum in float32, one rounding. `from` and `to` hold head_dim contiguous elements.
+/// to = from rotated to `position`; plain copy without tables. `from` and `to` hold head_dim
+/// contiguous elements of `dtype` and may be the same memory. The tables are of that dtype or f32.
+/// Products and sum in float32, one rounding.
 void rotate_row(const RotaryTables& tables, std::int64_t position, const void* from, void* to,
                 std::int64_t head_dim, DType dtype) noexcept;
 

@@ -25,7 +25,7 @@ std::string_view KvStorage::name() const noexcept {
 
 KvStorage find_kv_storage(std::string_view kv_cache_dtype, DType compute) noexcept {
   const KvFormat format = parse_kv_format(kv_cache_dtype).value_or(KvFormat::plain);
-  if (format != KvFormat::plain) return {DType::i8, format};
+  if (format != KvFormat::plain) return {stored_dtype(format, compute), format};
   return {parse_dtype(kv_cache_dtype).value_or(compute)};
 }
 

@@ -79,6 +79,7 @@ class Encoding {
   void encode_value(Values& row) const {
     switch (storage_.format) {
       case KvFormat::plain:
+      case KvFormat::fp8_ds_mla:  // has no values apart from keys
         round(row);
         return;
       case KvFormat::int8_level1:

@@ -15,7 +15,7 @@ std::optional<StoredKv> resolve_kv_cache_dtype(std::string_view name, DType comp
     return StoredKv{*dtype, KvFormat::plain};
   const std::optional<KvFormat> format = parse_kv_format(name);
   if (!format || *format == KvFormat::plain) return std::nullopt;
-  return StoredKv{DType::i8, *format};
+  return StoredKv{stored_dtype(*format, compute), *format};
 }
 
 }  // namespace attend

@@ -20,8 +20,8 @@ struct StoredKv {
   friend bool operator==(const StoredKv&, const StoredKv&) = default;
 };
 
-/// `compute` for "auto", the named dtype, or the int8 codes of the named format; nullopt for any
-/// other name.
+/// `compute` for "auto", the named dtype, or the named format with its stored_dtype(); nullopt for
+/// any other name.
 std::optional<StoredKv> resolve_kv_cache_dtype(std::string_view name, DType compute) noexcept;
 
 }  // namespace attend

@@ -48,7 +48,7 @@ class FlashAttnBackend final : public Backend {
     const bool encoder =
         c.attn_type == AttentionType::encoder || c.attn_type == AttentionType::encoder_only;
     if (!stored) return reason.empty() ? std::nullopt : std::optional(reason);
-    const bool int8 = stored->format != KvFormat::plain;
+    const bool int8 = is_int8(stored->format);
     if ((is_fp8(stored->dtype) || int8) && encoder)
       add("quantization is not supported for encoder attention");
     if (is_float_compute(stored->dtype) && stored->dtype != c.dtype) {

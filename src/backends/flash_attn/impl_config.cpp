@@ -41,9 +41,8 @@ void check_kv_scales(const ImplConfig& c, bool allowed) {
 StoredKv checked_storage(const ImplConfig& c) {
   const std::optional<StoredKv> stored = resolve_kv_cache_dtype(c.kv_cache_dtype, c.dtype);
   const bool encoder = is_encoder(c.attn_type);
-  const bool served =
-      stored && (stored->dtype == c.dtype ||
-                 (!encoder && (is_fp8(stored->dtype) || stored->format != KvFormat::plain)));
+  const bool served = stored && (stored->dtype == c.dtype ||
+                                 (!encoder && (is_fp8(stored->dtype) || is_int8(stored->format))));
   check::require(
       served, {kMakeOp, "kv_cache_dtype"},
       [&] {

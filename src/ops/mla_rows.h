@@ -1,0 +1,41 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+#include <cstdint>
+#include <initializer_list>
+#include <string_view>
+
+#include "attend/core/executor.h"
+#include "attend/core/tensor_view.h"
+
+/// What the ops on caches of MLA share.
+namespace attend::mla_rows {
+
+/// A cache [num_blocks, block_size, E] of one of `dtypes`, last stride 1. @throws InvalidArgument.
+void require_cache(std::string_view op, std::string_view name, const ConstTensorView& cache,
+                   std::initializer_list<DType> dtypes);
+
+/// `elements` of latent and rope of a row fit `cache`, of any of its formats. @throws
+/// InvalidArgument.
+void require_row_size(std::string_view op, std::string_view name, const ConstTensorView& cache,
+                      std::int64_t elements);
+
+/// The scale of an fp8 cache: f32 with 1 element, finite, > 0. @throws InvalidArgument.
+float require_scale(std::string_view op, const ConstTensorView& scale);
+
+/// Runs task(worker, workers): alone if the work is `small`, else on the executor (null = the
+/// default one).
+template <typename Task>
+void run(bool small, Executor* executor, Task&& task) {
+  if (small) {
+    task(0, 1);
+    return;
+  }
+  Executor& workers = executor != nullptr ? *executor : default_executor();
+  workers.run([&](int worker) { task(worker, workers.num_workers()); });
+}
+
+// Waking the workers costs as much as this much work alone.
+inline constexpr std::int64_t kParallelCopyBytes = 256 << 10;
+inline constexpr std::int64_t kParallelElements = 64 << 10;
+
+}  // namespace attend::mla_rows
