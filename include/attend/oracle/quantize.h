@@ -27,4 +27,15 @@ float int8_scale(std::span<const double> values) noexcept;
 /// is NaN.
 std::int8_t int8_code(double x, float scale) noexcept;
 
+/// A row of the MLA cache format fp8_ds_mla: 512 latent values as e4m3 codes, for each 128 of them
+/// a float32 scale max(amax / 448, FLT_MIN), amax their largest finite magnitude, then the 64 bf16
+/// numbers whose bits are `rope`. Codes are fp8_code(), those of infinities the NaN code with their
+/// sign. @pre 512 and 64 elements; 656 bytes of row.
+void fp8_ds_mla_encode(std::span<const double> latent, std::span<const std::uint16_t> rope,
+                       std::span<std::uint8_t> row) noexcept;
+
+/// The 576 numbers that such a row means, whatever its scales are: latent = code * scale, rounded
+/// to float32 and then to bf16; a positive NaN where that is none. @pre 656 bytes; 576 elements.
+void fp8_ds_mla_decode(std::span<const std::uint8_t> row, std::span<double> elements) noexcept;
+
 }  // namespace attend::oracle
