@@ -6,6 +6,7 @@
 
 #include "core/check.h"
 #include "ops/attention_problem.h"
+#include "plan/unit_layout.h"
 
 namespace attend {
 namespace {
@@ -13,6 +14,11 @@ namespace {
 constexpr std::string_view kOp = "flash_attn_varlen";
 
 bool is_paged(const FlashAttnVarlenArgs& a) { return a.block_table.defined(); }
+
+/// The call ends in the rows' state, not in out and lse.
+bool keeps_state(const FlashAttnVarlenArgs& a) {
+  return a.carry.state.defined() && !a.carry.last;
+}
 
 /// No written tensor may hold what tells where to read.
 void check_side_inputs(const FlashAttnVarlenArgs& a) {
@@ -28,8 +34,10 @@ void check_side_inputs(const FlashAttnVarlenArgs& a) {
                                 {"v_token_scale", a.v_token_scale},
                                 {"seq_lens", a.seq_lens}}) {
     if (!t.defined()) continue;
-    check::no_overlap({kOp, "out"}, a.out, name, t);
-    if (a.lse.defined()) check::no_overlap({kOp, "lse"}, a.lse, name, t);
+    for (const auto& [written, to] : {std::pair{"out", a.out}, {"lse", a.lse}}) {
+      if (to.defined()) check::no_overlap({kOp, written}, to, name, t);
+    }
+    if (keeps_state(a)) check::no_overlap({kOp, "carry.state"}, a.carry.state, name, t);
   }
 }
 
@@ -57,7 +65,7 @@ void check_token_scales(const FlashAttnVarlenArgs& a) {
 
 /// Everything that needs no plan.
 void check_tensors(const FlashAttnVarlenArgs& a) {
-  const ops::KvTensors kv{"k", "v", a.k, a.v, is_paged(a)};
+  const ops::KvTensors kv{"k", "v", a.k, a.v, is_paged(a), !keeps_state(a)};
   if (is_fp8(a.k.dtype)) {
     ops::check_qkv_fp8(kOp, a.q, kv, a.out, 3);
   } else if (a.k.dtype == DType::i8) {
@@ -67,6 +75,8 @@ void check_tensors(const FlashAttnVarlenArgs& a) {
   }
   check_token_scales(a);
   if (is_paged(a)) ops::check_block_size(kOp, "k", a.k);
+  check::require(!a.lse.defined() || !keeps_state(a), {kOp, "lse"},
+                 "undefined: the state is kept instead", "a tensor");
   if (a.lse.defined()) {
     check::tensor({kOp, "lse"}, a.lse, 2, {DType::f32});
     check::shape({kOp, "lse"}, a.lse, {a.q.shape[0], a.q.shape[1]});
@@ -75,6 +85,51 @@ void check_tensors(const FlashAttnVarlenArgs& a) {
     check::no_overlap({kOp, "lse"}, a.lse, "k", a.k);
     check::no_overlap({kOp, "lse"}, a.lse, "v", a.v);
     check::no_overlap({kOp, "lse"}, a.lse, "out", a.out);
+  }
+}
+
+/// Requests with query tokens that go on from their state end before this token.
+std::int64_t resumed_tokens(const AttentionCarry& carry, const AttentionPlan& plan) {
+  std::int64_t end = 0;
+  if (!carry.resumes.defined()) return end;
+  const auto* resumes = carry.resumes.as<std::uint8_t>();
+  for (std::size_t r = 0; r < plan.seq_lens.size(); ++r)
+    if (resumes[r] != 0) end = plan.query_start_loc[r + 1];
+  return end;
+}
+
+/// @pre q, k and v have been checked, and that the plan is for them.
+void check_carry(const FlashAttnVarlenArgs& a, const AttentionPlan& plan) {
+  const AttentionCarry& carry = a.carry;
+  const check::Where state{kOp, "carry.state"}, resumes{kOp, "carry.resumes"};
+  if (!carry.state.defined()) {
+    check::require(!carry.resumes.defined(), resumes, "undefined: there is no state", "a tensor");
+    check::require(carry.last, {kOp, "carry.last"}, "true: there is no state", "false");
+    return;
+  }
+  if (carry.resumes.defined()) {
+    check::tensor(resumes, carry.resumes, 1, {DType::u8});
+    check::shape(resumes, carry.resumes, {plan.num_reqs()});
+    check::unit_last_stride(resumes, carry.resumes);
+  }
+  check::tensor(state, carry.state, 3, {DType::f32});
+  check::shape(state, carry.state, {-1, plan.num_q_heads, plan.head_dim_v + plan::kCarryHeader});
+  check::contiguous(state, carry.state);
+  const std::int64_t tokens = carry.last ? resumed_tokens(carry, plan) : plan.num_tokens();
+  check::require(
+      carry.state.shape[0] >= tokens, state,
+      [&] { return fmt::format("at least {} rows", tokens); },
+      [&] { return describe(carry.state); });
+  check::require(plan.shared_prefixes.empty(), {kOp, "shared_prefixes"},
+                 "a plan without them (rows with a state do not share work)",
+                 plan.shared_prefixes.size());
+  for (const auto& [name, t] : {std::pair<const char*, ConstTensorView>{"q", a.q},
+                                {"k", a.k},
+                                {"v", a.v},
+                                {"out", a.out},
+                                {"lse", a.lse},
+                                {"carry.resumes", carry.resumes}}) {
+    if (t.defined()) check::no_overlap(state, carry.state, name, t);
   }
 }
 
@@ -123,6 +178,10 @@ cpu::AttentionProblem make_problem(const FlashAttnVarlenArgs& a, const Attention
   p.k_descale = ops::kernel_descale(a.k_descale);
   p.v_descale = ops::kernel_descale(a.v_descale);
   ops::place_rows(p, a.q, a.out, a.lse);
+  p.carry = a.carry.state.as<float>();
+  p.carry_heads = plan.num_q_heads;
+  p.resumes = a.carry.resumes.as<std::uint8_t>();
+  p.keeps_state = keeps_state(a);
   p.k = a.k.data;
   p.v = a.v.data;
   if (is_paged(a)) {
@@ -203,6 +262,7 @@ void check_planned(const FlashAttnVarlenArgs& a, const AttentionPlan& plan, Work
                    "a plan without them (ragged keys are not shared)", plan.shared_prefixes.size());
     check_ragged(a, plan);
   }
+  check_carry(a, plan);
   check_side_inputs(a);
   ops::check_arithmetic(kOp, plan, a.q.dtype, a.k.dtype, a.v.dtype);
   ops::check_resources(kOp, plan, workspace, executor);

@@ -15,10 +15,41 @@
 namespace attend::ops {
 namespace {
 
-void check_head_size(std::string_view op, std::string_view name, const ConstTensorView& t) {
+void check_head_size(check::Where where, const ConstTensorView& t, int largest) {
   const std::int64_t d = t.shape[t.rank - 1];
-  check::require(d > 0 && d % 8 == 0 && d <= 256, {op, name},
-                 "a head size (last dimension) that is a multiple of 8 in [8, 256]", d);
+  check::require(
+      d > 0 && d % 8 == 0 && d <= largest, where,
+      [&] {
+        return fmt::format("a head size (last dimension) that is a multiple of 8 in [8, {}]",
+                           largest);
+      },
+      d);
+}
+
+void check_out_shape(std::string_view op, const ConstTensorView& q, const KvTensors& kv,
+                     const ConstTensorView& out) {
+  const check::Where where{op, "out"};
+  const std::int64_t head_dim_v = kv.v.shape[kv.v.rank - 1];
+  if (q.rank == 3) {
+    check::shape(where, out, {q.shape[0], q.shape[1], head_dim_v});
+  } else {
+    check::shape(where, out, {q.shape[0], q.shape[1], q.shape[2], head_dim_v});
+  }
+  check::unit_last_stride(where, out);
+  check::distinct_elements(where, out);
+  check::no_overlap(where, out, "q", q);
+  check::no_overlap(where, out, kv.k_name, kv.k);
+  check::no_overlap(where, out, kv.v_name, kv.v);
+}
+
+void check_out_type(std::string_view op, const KvTensors& kv, const ConstTensorView& out,
+                    int q_rank, std::initializer_list<DType> dtypes) {
+  const check::Where where{op, "out"};
+  if (kv.writes_out) {
+    check::tensor(where, out, q_rank, dtypes);
+  } else {
+    check::require(!out.defined(), where, "undefined: the state is kept instead", "a tensor");
+  }
 }
 
 void check_sinks(std::string_view op, const ConstTensorView& sinks, std::int64_t num_q_heads) {
@@ -38,8 +69,9 @@ void check_sinks(std::string_view op, const ConstTensorView& sinks, std::int64_t
 void check_qkv_shapes(std::string_view op, const ConstTensorView& q, const KvTensors& kv,
                       const ConstTensorView& out, int q_rank) {
   const int kv_rank = kv.four_dims ? 4 : 3;
-  check_head_size(op, "q", q);
-  check_head_size(op, kv.v_name, kv.v);
+  const bool int8 = q.dtype == DType::i8;
+  check_head_size({op, "q"}, q, int8 ? kMaxInt8HeadDim : kMaxHeadDimQk);
+  check_head_size({op, kv.v_name}, kv.v, int8 ? kMaxInt8HeadDim : kMaxHeadDimV);
   const std::int64_t heads = q.shape[q_rank - 2];
   const std::int64_t kv_heads = kv.k.shape[kv_rank - 2];
   check::require(kv_heads > 0, {op, kv.k_name}, "at least 1 head", [&] { return describe(kv.k); });
@@ -56,20 +88,10 @@ void check_qkv_shapes(std::string_view op, const ConstTensorView& q, const KvTen
   } else {
     check::shape({op, kv.v_name}, kv.v, {kv.k.shape[0], kv_heads, -1});
   }
-  const std::int64_t head_dim_v = kv.v.shape[kv_rank - 1];
-  if (q_rank == 3) {
-    check::shape({op, "out"}, out, {q.shape[0], heads, head_dim_v});
-  } else {
-    check::shape({op, "out"}, out, {q.shape[0], q.shape[1], heads, head_dim_v});
-  }
   check::unit_last_stride({op, "q"}, q);
   check::unit_last_stride({op, kv.k_name}, kv.k);
   check::unit_last_stride({op, kv.v_name}, kv.v);
-  check::unit_last_stride({op, "out"}, out);
-  check::distinct_elements({op, "out"}, out);
-  check::no_overlap({op, "out"}, out, "q", q);
-  check::no_overlap({op, "out"}, out, kv.k_name, kv.k);
-  check::no_overlap({op, "out"}, out, kv.v_name, kv.v);
+  if (kv.writes_out) check_out_shape(op, q, kv, out);
 }
 
 void check_qkv(std::string_view op, const ConstTensorView& q, const KvTensors& kv,
@@ -78,7 +100,7 @@ void check_qkv(std::string_view op, const ConstTensorView& q, const KvTensors& k
   check::tensor({op, "q"}, q, q_rank, {DType::f32, DType::f16, DType::bf16});
   check::tensor({op, kv.k_name}, kv.k, kv_rank, {q.dtype});
   check::tensor({op, kv.v_name}, kv.v, kv_rank, {q.dtype});
-  check::tensor({op, "out"}, out, q_rank, {q.dtype});
+  check_out_type(op, kv, out, q_rank, {q.dtype});
   check_qkv_shapes(op, q, kv, out, q_rank);
 }
 
@@ -90,9 +112,9 @@ void check_qkv_fp8(std::string_view op, const ConstTensorView& q, const KvTensor
   check::tensor({op, kv.k_name}, kv.k, kv_rank, {DType::fp8_e4m3, DType::fp8_e5m2});
   check::tensor({op, kv.v_name}, kv.v, kv_rank, {kv.k.dtype});
   if (is_fp8(q.dtype)) {
-    check::tensor({op, "out"}, out, q_rank, {DType::f32, DType::f16, DType::bf16});
+    check_out_type(op, kv, out, q_rank, {DType::f32, DType::f16, DType::bf16});
   } else {
-    check::tensor({op, "out"}, out, q_rank, {q.dtype});
+    check_out_type(op, kv, out, q_rank, {q.dtype});
   }
   check_qkv_shapes(op, q, kv, out, q_rank);
 }
@@ -103,7 +125,7 @@ void check_qkv_int8(std::string_view op, const ConstTensorView& q, const KvTenso
   check::tensor({op, "q"}, q, q_rank, {DType::f32, DType::f16, DType::bf16});
   check::tensor({op, kv.k_name}, kv.k, kv_rank, {DType::i8});
   check::tensor({op, kv.v_name}, kv.v, kv_rank, {DType::i8});
-  check::tensor({op, "out"}, out, q_rank, {q.dtype});
+  check_out_type(op, kv, out, q_rank, {q.dtype});
   check_qkv_shapes(op, q, kv, out, q_rank);
 }
 
@@ -322,9 +344,10 @@ std::size_t num_work(const std::vector<T>& all) {
 void place_rows(cpu::AttentionProblem& p, const ConstTensorView& q, const TensorView& out,
                 const TensorView& lse) {
   p.q = q.data;
+  p.q_layout = {true, 0, q.strides[0], q.strides[1]};
+  if (!out.defined()) return;
   p.out = out.data;
   p.out_dtype = out.dtype;
-  p.q_layout = {true, 0, q.strides[0], q.strides[1]};
   p.out_layout = {true, 0, out.strides[0], out.strides[1]};
   if (!lse.defined()) return;
   p.lse = lse.as<float>();

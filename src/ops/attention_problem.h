@@ -15,6 +15,7 @@ struct KvTensors {
   std::string_view k_name, v_name;  ///< argument names for errors
   ConstTensorView k, v;
   bool four_dims = false;  ///< [blocks or rows, tokens, Hkv, D] instead of [S, Hkv, D]
+  bool writes_out = true;  ///< false: out must be undefined
 };
 
 /// Checks q, k, v, out against each other: dtypes, head counts and sizes, strides. `q` and `out`
@@ -82,7 +83,7 @@ void check_resources(std::string_view op, const AttentionPlan& plan, Workspace w
 cpu::AttentionProblem base_problem(const AttentionParams& params, const AttentionPlan& plan,
                                    DType dtype);
 
-/// Where queries and results lie: [T, Hq, D], [T, Hq, Dv], [T, Hq] or undefined.
+/// Where queries and results lie: [T, Hq, D], [T, Hq, Dv] or undefined, [T, Hq] or undefined.
 void place_rows(cpu::AttentionProblem& problem, const ConstTensorView& q, const TensorView& out,
                 const TensorView& lse);
 

@@ -26,6 +26,7 @@ CascadeCost::CascadeCost(const CascadeInput& input)
     : in_(input),
       group_(input.batch.num_q_heads / input.batch.num_kv_heads),
       unit_rows_(max_unit_rows(input.batch.query_start_loc.back(), input.batch.num_q_heads,
+                               input.batch.head_dim_qk + input.batch.head_dim_v,
                                input.batch.num_workers)),
       cost_(unit_cost(level_of(input), input.kv_dtype, input.batch.head_dim_qk,
                       input.batch.head_dim_v)),

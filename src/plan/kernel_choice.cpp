@@ -67,6 +67,7 @@ KernelKind kernel_kind(DType q, DType k, DType v) noexcept {
     case DType::f16:
       return KernelKind::f16;
     case DType::fp8_e4m3:
+    case DType::u8:
       return KernelKind::fp8_e4m3;
     case DType::fp8_e5m2:
       return KernelKind::fp8_e5m2;

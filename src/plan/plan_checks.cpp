@@ -14,8 +14,10 @@
 namespace attend::plan {
 namespace {
 
-void check_head_dim(check::Where where, int d) {
-  check::require(d > 0 && d % 8 == 0 && d <= 256, where, "a multiple of 8 in [8, 256]", d);
+void check_head_dim(check::Where where, int d, int largest) {
+  check::require(
+      d > 0 && d % 8 == 0 && d <= largest, where,
+      [&] { return fmt::format("a multiple of 8 in [8, {}]", largest); }, d);
 }
 
 }  // namespace
@@ -54,8 +56,8 @@ void check_shape(const AttentionPlanInput& in) {
       in.num_q_heads > 0 && in.num_q_heads % in.num_kv_heads == 0, at("num_q_heads"),
       [&] { return fmt::format("a positive multiple of num_kv_heads = {}", in.num_kv_heads); },
       in.num_q_heads);
-  check_head_dim(at("head_dim_qk"), in.head_dim_qk);
-  check_head_dim(at("head_dim_v"), in.head_dim_v);
+  check_head_dim(at("head_dim_qk"), in.head_dim_qk, kMaxHeadDimQk);
+  check_head_dim(at("head_dim_v"), in.head_dim_v, kMaxHeadDimV);
   check::require(in.window_left >= -1, at("window_left"), ">= -1", in.window_left);
   check::require(in.window_right >= -1, at("window_right"), ">= -1", in.window_right);
   check::require(in.num_workers >= 1, at("num_workers"), ">= 1", in.num_workers);

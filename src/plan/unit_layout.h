@@ -63,6 +63,10 @@ constexpr ScratchLayout scratch_layout(int max_unit_rows, int head_dim_qk, int h
   return l;
 }
 
+/// Floats of a row's state that is carried from one call to the next: m, l, then head_dim_v
+/// accumulators.
+inline constexpr int kCarryHeader = 2;
+
 /// Floats of one stored partial row: m, l, the sum of the weights before rounding, then head_dim_v
 /// accumulators.
 inline constexpr int kPartialHeader = 3;

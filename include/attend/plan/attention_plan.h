@@ -17,6 +17,11 @@ namespace attend {
 /// of batch, chunking, threads and split (docs/numerics.md).
 inline constexpr int kPieceSize = 256;
 
+/// Largest head sizes of queries and keys, and of values. Those of latent attention are as large.
+inline constexpr int kMaxHeadDimQk = 576, kMaxHeadDimV = 512;
+/// Largest head size of int8 queries and keys, and of their values.
+inline constexpr int kMaxInt8HeadDim = 256;
+
 /// Keys 0 .. num_keys of requests [request_begin, request_end) are the same rows of a paged cache.
 struct SharedPrefix {
   std::int32_t request_begin = 0, request_end = 0;
@@ -30,8 +35,8 @@ struct AttentionPlanInput {
   std::span<const std::int32_t> seq_lens;         ///< [B] keys per request, >= 0
   int num_q_heads = 0;
   int num_kv_heads = 0;                          ///< divides num_q_heads
-  int head_dim_qk = 0;                           ///< multiple of 8, <= 256
-  int head_dim_v = 0;                            ///< multiple of 8, <= 256
+  int head_dim_qk = 0;                           ///< multiple of 8, <= kMaxHeadDimQk
+  int head_dim_v = 0;                            ///< multiple of 8, <= kMaxHeadDimV
   bool causal = true;                            ///< bottom-right
   std::span<const std::uint8_t> request_causal;  ///< [B] or empty (= `causal` for all)
   int window_left = -1;                          ///< keys visible before the diagonal; -1 = all

@@ -17,7 +17,8 @@
 namespace attend {
 
 /// Attention that has kernels of its own. The first six are for queries of floating-point types, by
-/// the type of keys and values; the others for int8 queries and keys, by the type of the values.
+/// the type of keys and values, fp8_ds_mla rows being of kind fp8_e4m3; the others for int8 queries
+/// and keys, by the type of the values.
 enum class KernelKind : std::uint8_t {
   f32,
   f16,

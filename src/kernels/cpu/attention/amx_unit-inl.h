@@ -81,7 +81,8 @@ ATTEND_INLINE void weigh_scaled_rows(const ScaledRow* rows, KeyRange span, float
 template <typename K, typename V>
 struct AmxUnitRunner : UnitRunner<bf16, K, V> {
   using Base = UnitRunner<bf16, K, V>;
-  using Base::acc, Base::factors, Base::hi, Base::keep, Base::key_scales, Base::kStaged, Base::lo,
+  using Base::acc, Base::factors, Base::hi, Base::keep, Base::key_scales, Base::kStagedKeys,
+      Base::kStagedValues, Base::kValuesAreKeys, Base::lo,
       Base::next, Base::p, Base::packed_panel, Base::piece_l, Base::piece_m, Base::q, Base::rows,
       Base::s, Base::staged_k, Base::stored_k_rows, Base::stored_v_rows, Base::take, Base::u,
       Base::value_scales, Base::values_packed;
@@ -93,7 +94,7 @@ struct AmxUnitRunner : UnitRunner<bf16, K, V> {
   /// Lines of the next piece fetched beside a step of each phase: bursts would wait for line
   /// buffers, phases without fetches would leave memory idle. Shares of the time, for heads of 128
   /// dimensions.
-  static constexpr int kLinesPerProduct = kStaged ? 1 : 9, kLinesPerCopy = 1,
+  static constexpr int kLinesPerProduct = kStagedKeys ? 1 : 9, kLinesPerCopy = 1,
                        kLinesPerStep = 6 * sizeof(K) / 2, kLinesPerWeave = 3 * sizeof(V) / 2,
                        kLinesPerSum = 8 * sizeof(V) / 2;
   /// Queries as sums of so many bf16 numbers.
@@ -114,7 +115,7 @@ struct AmxUnitRunner : UnitRunner<bf16, K, V> {
   }
 
   void load_query(int r, int i) {
-    if constexpr (kStaged) {
+    if constexpr (kStagedKeys) {
       with_dtype(p.q_dtype,
                  [&](auto element) ATTEND_LAMBDA { load_query_as<decltype(element)>(r, i); });
     } else {
@@ -132,9 +133,9 @@ struct AmxUnitRunner : UnitRunner<bf16, K, V> {
       copy_query(r, from);
       return;
     }
-    alignas(64) float wide[256 + kTileDim];
+    alignas(64) float wide[kMaxHeadDimQk + kTileDim];
     if constexpr (sizeof(Q) == 1) {
-      bf16 decoded[256 + kTileDim];
+      bf16 decoded[kMaxHeadDimQk + kTileDim];
       Simd::decode(from, p.head_dim_qk, decoded);
       widen_row(decoded, wide);
     } else {
@@ -175,22 +176,24 @@ struct AmxUnitRunner : UnitRunner<bf16, K, V> {
   }
 
   /// Keys are copied if tiles cannot be loaded from where they lie.
-  bool copies_keys() const { return kStaged || p.head_dim_qk % kStepDims != 0; }
+  bool copies_keys() const { return kStagedKeys || p.head_dim_qk % kStepDims != 0; }
 
   void stage(int piece) {
     unit_keys = this->piece_range(0, rows, piece * kPieceSize);
+    if constexpr (kValuesAreKeys)
+      for (int j = 0; j < kPieceSize; ++j) stored_v_rows[j] = copy_of_key(j);
     if (fetches()) return;
     shape_tiles(kTileDim);
     if (copies_keys()) copy_keys();
   }
+  bf16* copy_of_key(int j) const { return staged_k + std::int64_t{j} * padded_dim(); }
   ATTEND_NOINLINE void copy_keys() {
     const Decoder<K> decoder{};
-    for (int j = unit_keys.lo; j < unit_keys.hi; ++j)
-      copy_key(decoder, j, staged_k + std::int64_t{j} * padded_dim());
+    for (int j = unit_keys.lo; j < unit_keys.hi; ++j) copy_key(decoder, j, copy_of_key(j));
   }
   /// Key j as whole steps of bf16 numbers.
   ATTEND_INLINE void copy_key(const Decoder<K>& decoder, int j, bf16* to) const {
-    if constexpr (kStaged) {
+    if constexpr (kStagedKeys) {
       decoder.decode(stored_k_rows[j], p.head_dim_qk, to);
     } else {
       std::memcpy(to, stored_k_rows[j], sizeof(bf16) * static_cast<std::size_t>(p.head_dim_qk));
@@ -254,13 +257,15 @@ struct AmxUnitRunner : UnitRunner<bf16, K, V> {
   ATTEND_INLINE void point_tiles(KeyRange group, KeyTile* tiles) {
     const std::int64_t row_bytes = std::int64_t{2} * padded_dim();
     const bool adjoin = p.block_table == nullptr || p.block_size % kTileKeys == 0;
-    if (copies_keys()) copy_tiles(group.lo, kTiles * kTileKeys, staged_k);
+    // Copies that are values too stay until these are multiplied.
+    bf16* copies = copy_of_key(kValuesAreKeys ? group.lo : 0);
+    if (copies_keys()) copy_tiles(group.lo, kTiles * kTileKeys, copies);
     for (int i = 0; i < kTiles; ++i) {
       const int j = group.lo + i * kTileKeys;
-      bf16* copy = staged_k + std::int64_t{i} * kTileKeys * padded_dim();
+      bf16* copy = copies + std::int64_t{i} * kTileKeys * padded_dim();
       tiles[i] = {copy, row_bytes};
       if (copies_keys()) continue;
-      if constexpr (!kStaged) {
+      if constexpr (!kStagedKeys) {
         if (adjoin && j >= unit_keys.lo && j + kTileKeys <= unit_keys.hi) {
           tiles[i] = {stored_k_rows[j], p.k_strides.token * std::int64_t{2}};
         } else {
@@ -340,8 +345,8 @@ struct AmxUnitRunner : UnitRunner<bf16, K, V> {
         if (copies_keys()) {
           const bool visible = j + key >= unit_keys.lo && j + key < unit_keys.hi;
           const int row = visible ? j + key : unit_keys.lo;
-          key_rows[key] = staged_k + std::int64_t{row} * padded_dim();
-        } else if constexpr (!kStaged) {
+          key_rows[key] = copy_of_key(row);
+        } else if constexpr (!kStagedKeys) {
           key_rows[key] = stored_k_rows[j + key];
         }
       }
@@ -440,7 +445,7 @@ struct AmxUnitRunner : UnitRunner<bf16, K, V> {
   template <bool kWhole>
   ATTEND_INLINE static __m512i value_columns(const V* from, int left) {
     const __mmask32 there = left >= kColumnPair ? ~0U : (1U << left) - 1U;
-    if constexpr (!kStaged) {
+    if constexpr (!kStagedValues) {
       return kWhole ? _mm512_loadu_si512(from) : _mm512_maskz_loadu_epi16(there, from);
     } else if constexpr (std::is_same_v<V, std::int8_t>) {
       alignas(64) bf16 decoded[kColumnPair] = {};
@@ -761,10 +766,10 @@ struct AmxUnitRunner : UnitRunner<bf16, K, V> {
   }
 };
 
-template <typename Stored>
+template <typename Stored, typename Values = Stored>
 void run_amx_unit(const AttentionProblem& p, const WorkUnit& u,
                   const KernelWorkspace& ws) noexcept {
-  AmxUnitRunner<Stored, Stored> runner(p, u, ws);
+  AmxUnitRunner<Stored, Values> runner(p, u, ws);
   runner.run(runner, ws.partials);
   release_tiles();
 }

@@ -3,9 +3,9 @@
 
 #include "kernels/cpu/attention/parts-inl.h"
 
-template <typename T, typename Stored = T>
+template <typename T, typename Stored = T, typename Values = Stored>
 void run_unit(const AttentionProblem& p, const WorkUnit& u, const KernelWorkspace& ws) noexcept {
-  UnitRunner<T, Stored, Stored> runner(p, u, ws);
+  UnitRunner<T, Stored, Values> runner(p, u, ws);
   runner.run(runner, ws.partials);
 }
 
@@ -17,6 +17,7 @@ constexpr AttentionKernel make_entry(IsaLevel level) noexcept {
           &run_unit<bf16, fp8_e4m3>,
           &run_unit<bf16, fp8_e5m2>,
           &run_unit<bf16, std::int8_t>,
+          &run_unit<bf16, DsMlaByte, bf16>,
           &reduce_unit<float>,
           &reduce_unit<f16>,
           &reduce_unit<bf16>};

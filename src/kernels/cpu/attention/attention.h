@@ -41,10 +41,14 @@ struct Descale {
   }
 };
 
+inline constexpr int kDsMlaRowBytes = 656, kDsMlaTile = 128, kDsMlaScales = 4,
+                     kDsMlaScaleOffset = 512, kDsMlaRopeOffset = 528, kDsMlaRopeDim = 64;
+
 /// A validated problem: everything but which part of the work to do.
 struct AttentionProblem {
   /// f32, f16 or bf16, all alike. Or codes as keys and values (fp8; int8 with scales a token): then
-  /// q and out may be any float type. Or int8 q and k: then v is i8, f16 or bf16.
+  /// q and out may be any float type. Or int8 q and k: then v is i8, f16 or bf16. Or u8 as k and v:
+  /// fp8_ds_mla rows, then q and out may be any float type; strides are bytes.
   DType q_dtype = DType::f32, k_dtype = DType::f32, v_dtype = DType::f32, out_dtype = DType::f32;
   Descale q_descale, k_descale, v_descale;
   /// Scales of single keys and values, beside their rows; null = none.
@@ -65,6 +69,14 @@ struct AttentionProblem {
   float* lse = nullptr;  ///< null = not wanted
   RowLayout q_layout, out_layout, lse_layout;
   KvStrides k_strides, v_strides;
+  /// Values are the first elements of the keys, as in a latent cache: v and its strides are those of
+  /// k. Always so for fp8_ds_mla rows.
+  bool values_in_keys = false;
+  /// [T, Hq, head_dim_v + plan::kCarryHeader] state that rows begin with or end in; null = off.
+  float* carry = nullptr;
+  int carry_heads = 0;                    ///< Hq
+  const std::uint8_t* resumes = nullptr;  ///< [B]: rows begin with their state; null = none does
+  bool keeps_state = false;               ///< rows end in their state, not in out and lse
 
   // Which row of the tensors key j of request r is: paged (block_table), else ragged (kv_start),
   // else dense (batch_idx, leftpad).
@@ -122,6 +134,7 @@ struct AttentionKernel {
   RunUnitFn run_unit_e4m3 = nullptr;
   RunUnitFn run_unit_e5m2 = nullptr;
   RunUnitFn run_unit_i8 = nullptr;
+  RunUnitFn run_unit_ds_mla = nullptr;
   // By the type of the outputs.
   ReduceFn reduce_f32 = nullptr;
   ReduceFn reduce_f16 = nullptr;
@@ -138,6 +151,8 @@ struct AttentionKernel {
         return run_unit_e5m2;
       case DType::i8:
         return run_unit_i8;
+      case DType::u8:
+        return run_unit_ds_mla;
       default:
         return run_unit_bf16;
     }

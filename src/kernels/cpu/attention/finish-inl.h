@@ -87,6 +87,19 @@ ATTEND_INLINE void write_row(const AttentionProblem& p, const float* acc, const 
 #endif
 }
 
+/// Stores a row's state for a later call. Accumulators of an empty state hold anything.
+ATTEND_INLINE void keep_state(const AttentionProblem& p, float m, float l, const float* acc,
+                              float* to) {
+  to[0] = m;
+  to[1] = l;
+  float* columns = to + plan::kCarryHeader;
+  if (l == 0.0F) {
+    std::memset(columns, 0, sizeof(float) * p.head_dim_v);
+  } else {
+    std::memcpy(columns, acc, sizeof(float) * p.head_dim_v);
+  }
+}
+
 /// Merges the stored partials of some rows in ascending order, exactly as a whole unit would.
 template <typename T>
 void reduce_unit(const AttentionProblem& p, const Reduction& u,
@@ -98,9 +111,21 @@ void reduce_unit(const AttentionProblem& p, const Reduction& u,
   float state[4][16] = {};  // m, l, piece m, piece l, unused lanes stay 0
   float keep[16], take[16];
   for (int r = 0; r < rows; ++r) {
+    const int tok = u.q_begin + r / p.group_size;
+    const int head = u.kv_head * p.group_size + r % p.group_size;
+    const std::int64_t row =
+        (std::int64_t{p.query_start_loc[u.request]} + tok) * p.carry_heads + head;
+    float* carried = p.carry == nullptr
+                         ? nullptr
+                         : p.carry + row * (p.head_dim_v + plan::kCarryHeader);
     state[0][0] = -std::numeric_limits<float>::infinity();
     state[1][0] = 0.0F;
-    float full = 0.0F;
+    if (carried != nullptr && p.resumes != nullptr && p.resumes[u.request]) {
+      state[0][0] = carried[0];
+      state[1][0] = carried[1];
+      std::memcpy(acc, carried + plan::kCarryHeader, sizeof(float) * p.head_dim_v);
+    }
+    float full = state[1][0];
     for (int run = u.run_begin; run < u.run_end; ++run) {
       const PartialRun& partials = ws.runs[run];
       const float* from = ws.partials + (partials.slot + r) * width;
@@ -117,8 +142,10 @@ void reduce_unit(const AttentionProblem& p, const Reduction& u,
         }
       }
     }
-    const int tok = u.q_begin + r / p.group_size;
-    const int head = u.kv_head * p.group_size + r % p.group_size;
+    if (p.keeps_state) {
+      keep_state(p, state[0][0], state[1][0], acc, carried);
+      continue;
+    }
     T* to = static_cast<T*>(p.out) + p.out_layout.offset(p.query_start_loc, u.request, tok, head);
     const RowTotal total = row_total(p, u.request, head, {state[0][0], state[1][0], full});
     scale_channels(p, u.kv_head, acc);

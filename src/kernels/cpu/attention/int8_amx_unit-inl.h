@@ -8,7 +8,6 @@
 inline constexpr int kStepCodes = kTileRowBytes;  // dimensions or keys of one product
 inline constexpr int kTileKeys = kTileDim;
 inline constexpr int kScoreStride = plan::kScoreStride;
-inline constexpr int kMaxHeadDim = 256;
 
 /// Sums of a row's weights.
 struct RoundedSums {
@@ -97,7 +96,7 @@ struct Int8AmxRunner : Int8ValuesRunner {
   std::int8_t* queries() const { return reinterpret_cast<std::int8_t*>(q); }
   void load_query(int r, int i) {
     const std::int8_t* from = query_codes(r, i);
-    alignas(64) std::int8_t padded[kMaxHeadDim] = {};
+    alignas(64) std::int8_t padded[kMaxInt8HeadDim] = {};
     std::memcpy(padded, from, static_cast<std::size_t>(p.head_dim_qk));
     if (fetches()) {
       // The right operand: four dimensions at a time, each with all rows.
@@ -173,7 +172,7 @@ struct Int8AmxRunner : Int8ValuesRunner {
   /// for its own last product.
   template <int kTiles>
   ATTEND_NOINLINE void few_rows_times_keys(int j, KeyRange range) {
-    alignas(64) std::int8_t copy[kTiles][kTileKeys * kMaxHeadDim];
+    alignas(64) std::int8_t copy[kTiles][kTileKeys * kMaxInt8HeadDim];
     alignas(64) float sums[kTiles][kTileFloats];
     KeyTile keys[kTiles];
     for (int i = 0; i < kTiles; ++i) keys[i] = key_tile(j + i * kTileKeys, range, copy[i]);

@@ -51,13 +51,33 @@ struct Decoder {
   }
 };
 
+/// Rows of 512 scaled codes and 64 bf16 numbers to 576 of these.
+template <>
+struct Decoder<DsMlaByte> {
+  Decoder<fp8_e4m3> codes;
+  ATTEND_INLINE void decode(const DsMlaByte* row, int /*n*/, bf16* to) const {
+    const std::uint8_t* bytes = &row->bits;
+    for (int tile = 0; tile < kDsMlaScales; ++tile, to += kDsMlaTile) {
+      float scale;
+      std::memcpy(&scale, bytes + kDsMlaScaleOffset + tile * sizeof scale, sizeof scale);
+      const Simd::F factor = Simd::set1(scale);
+      alignas(64) bf16 plain[kDsMlaTile];
+      codes.decode(reinterpret_cast<const fp8_e4m3*>(bytes + tile * kDsMlaTile), kDsMlaTile, plain);
+      for (int i = 0; i < kDsMlaTile; i += Simd::kLanes)
+        Simd::narrow(to + i, Simd::mul(Simd::widen(plain + i), factor));
+    }
+    std::memcpy(to, bytes + kDsMlaRopeOffset, kDsMlaRopeDim * sizeof(bf16));
+  }
+};
+
 /// A derived runner hides what it does differently; whatever calls such a function takes the
 /// runner as `self`.
 template <typename T, typename K, typename V>
 struct UnitRunner : UnitState<T, K, V> {
   using Base = UnitState<T, K, V>;
   using Base::acc, Base::clock, Base::dv_padded, Base::fetched, Base::following, Base::hi,
-      Base::k_panels, Base::k_rows, Base::keep, Base::key_scales, Base::kStaged, Base::l, Base::lo,
+      Base::k_panels, Base::k_rows, Base::keep, Base::key_scales, Base::kStagedKeys,
+      Base::kStagedValues, Base::kValuesAreKeys, Base::l, Base::lo,
       Base::m, Base::next_k_rows, Base::next_v_rows, Base::p, Base::piece_l, Base::piece_m, Base::q,
       Base::request, Base::rows, Base::s, Base::staged_k, Base::staged_v, Base::stored_k_rows,
       Base::stored_v_rows, Base::take, Base::u, Base::v_panels, Base::v_rows, Base::value_scales;
@@ -105,7 +125,7 @@ struct UnitRunner : UnitState<T, K, V> {
 
   /// Row r is query token i of its request.
   void load_query(int r, int i) {
-    if constexpr (kStaged) {
+    if constexpr (kStagedKeys) {
       with_dtype(p.q_dtype,
                  [&](auto element) ATTEND_LAMBDA { load_query_as<decltype(element)>(r, i); });
     } else {
@@ -120,9 +140,9 @@ struct UnitRunner : UnitState<T, K, V> {
     const Simd::F factor = Simd::set1(log2_factor(scale));
     const Q* from =
         static_cast<const Q*>(p.q) + p.q_layout.offset(p.query_start_loc, own, i, this->head(r));
-    alignas(64) float scaled[256 + Simd::kLanes];
+    alignas(64) float scaled[kMaxHeadDimQk + Simd::kLanes];
     if constexpr (sizeof(Q) == 1) {
-      bf16 decoded[256];
+      bf16 decoded[kMaxHeadDimQk];
       Simd::decode(from, p.head_dim_qk, decoded);
       scale_query(decoded, factor, scaled);
     } else {
@@ -186,14 +206,16 @@ struct UnitRunner : UnitState<T, K, V> {
   void point_rows(const WorkUnit& unit, KeyRange range, int base) {
     const HeadRows<K> k{static_cast<const K*>(p.k) + unit.kv_head * p.k_strides.head, p.k_strides,
                         unit.request};
-    const HeadRows<V> v{static_cast<const V*>(p.v) + unit.kv_head * p.v_strides.head, p.v_strides,
-                        unit.request};
     fill_rows(p, k, base + range.lo, base + range.hi, next_k_rows + range.lo);
-    fill_rows(p, v, base + range.lo, base + range.hi, next_v_rows + range.lo);
+    if constexpr (!kValuesAreKeys) {
+      const HeadRows<V> v{static_cast<const V*>(p.v) + unit.kv_head * p.v_strides.head, p.v_strides,
+                          unit.request};
+      fill_rows(p, v, base + range.lo, base + range.hi, next_v_rows + range.lo);
+    }
     const auto repeat = [&](int begin, int end) {
       for (int j = begin; j < end; ++j) {
         next_k_rows[j] = next_k_rows[range.lo];
-        next_v_rows[j] = next_v_rows[range.lo];
+        if constexpr (!kValuesAreKeys) next_v_rows[j] = next_v_rows[range.lo];
       }
     };
     repeat(0, range.lo);
@@ -225,7 +247,9 @@ struct UnitRunner : UnitState<T, K, V> {
 
   /// A single tile means decode, bound by memory: it fetches the next piece meanwhile.
   bool fetches() const { return rows <= Simd::kTileRows; }
-  bool paired_columns() const { return has_paired_columns<T>(rows, p.head_dim_v); }
+  bool paired_columns() const {
+    return p.carry == nullptr && has_paired_columns<T>(rows, p.head_dim_v);
+  }
 
 #if ATTEND_VBMI
   /// A single tile reads each panel once: codes are decoded on their way into it.
@@ -482,7 +506,7 @@ struct UnitRunner : UnitState<T, K, V> {
     for (int from = tile.lo; from < tile.hi;) {
       const int group_end = (from / plan::kPanelKeys + 1) * plan::kPanelKeys;
       const int to = group_end < tile.hi ? group_end : tile.hi;
-      if constexpr (kStaged) {
+      if constexpr (kStagedValues) {
         if (values_late) decode_values({from, to});
       }
       t.first = from == tile.lo;
@@ -579,7 +603,7 @@ struct UnitRunner : UnitState<T, K, V> {
   }
 
   void stage(int piece) {
-    if constexpr (kStaged) {
+    if constexpr (kStagedKeys) {
       decode_rows(piece);
     } else {
       k_rows = stored_k_rows;
@@ -592,12 +616,12 @@ struct UnitRunner : UnitState<T, K, V> {
     const int base = piece * kPieceSize;
     const KeyRange range = piece_range(0, rows, base);
     if (range.lo >= range.hi) return;
-    values_late = fetches() && same_masks(0, rows, base);
+    values_late = !kValuesAreKeys && fetches() && same_masks(0, rows, base);
     for (int j = 0; j < kPieceSize; ++j) {
       const bool visible = j >= range.lo && j < range.hi;
       const std::int64_t row = visible ? j : range.lo;
       k_rows[j] = staged_k + row * p.head_dim_qk;
-      v_rows[j] = staged_v + row * p.head_dim_v;
+      v_rows[j] = kValuesAreKeys ? k_rows[j] : staged_v + row * p.head_dim_v;
     }
     if (!packs_codes()) {
       const Decoder<K> decoder;
@@ -606,7 +630,9 @@ struct UnitRunner : UnitState<T, K, V> {
         decoder.decode(stored_k_rows[j], p.head_dim_qk, staged_k + std::int64_t{j} * p.head_dim_qk);
       }
     }
-    if (!values_late) decode_values(range);
+    if constexpr (!kValuesAreKeys) {
+      if (!values_late) decode_values(range);
+    }
   }
 
   ATTEND_INLINE void decode_values(KeyRange range) {
@@ -648,7 +674,7 @@ struct UnitRunner : UnitState<T, K, V> {
       write_outputs_as<T>(self);
     }
   }
-  static constexpr bool kAnyOut = kStaged;
+  static constexpr bool kAnyOut = kStagedKeys;
 
   template <typename Out, typename Self>
   void write_outputs_as(Self& self) const {
@@ -739,12 +765,34 @@ struct UnitRunner : UnitState<T, K, V> {
     }
     next = {has_next ? next_k_rows : stored_k_rows,
             has_next ? next_v_rows : stored_v_rows,
-            p.head_dim_qk,
+            kValuesAreKeys ? kDsMlaRowBytes : p.head_dim_qk,
             p.head_dim_v,
             range.lo,
             range.hi,
+            p.values_in_keys ? 0 : range.hi,
             s,
             has_next ? range.lo : kPieceSize};
+  }
+
+  /// State of row r in memory that outlives the call.
+  float* carried(int r) const {
+    const std::int64_t num_heads = std::int64_t{p.carry_heads};
+    return p.carry + (this->token(r) * num_heads + this->head(r)) *
+                         (p.head_dim_v + plan::kCarryHeader);
+  }
+  void load_carry() {
+    if (p.resumes == nullptr || !p.resumes[u.request]) return;
+    for (int r = 0; r < rows; ++r) {
+      const float* from = carried(r);
+      m[r] = from[0];
+      l[r] = from[1];
+      std::memcpy(acc + std::int64_t{r} * dv_padded, from + plan::kCarryHeader,
+                  sizeof(float) * p.head_dim_v);
+    }
+  }
+  void store_carry() const {
+    for (int r = 0; r < rows; ++r)
+      keep_state(p, m[r], l[r], acc + std::int64_t{r} * dv_padded, carried(r));
   }
 
   template <typename Self>
@@ -752,6 +800,7 @@ struct UnitRunner : UnitState<T, K, V> {
     const InPhase own(clock, Phase::rows);
     load_queries(self);
     const bool stores = u.partial_slot >= 0, merges = u.partial_stride == 0;
+    if (p.carry != nullptr && !stores) load_carry();
     point_next(self, u.piece_begin);
     for (int piece = u.piece_begin; piece < u.piece_end; ++piece) {
       this->enter(Phase::pack);
@@ -770,7 +819,9 @@ struct UnitRunner : UnitState<T, K, V> {
       }
     }
     this->enter(stores ? Phase::merge : Phase::rows);
-    if (!stores) {
+    if (!stores && p.keeps_state) {
+      store_carry();
+    } else if (!stores) {
       write_outputs(self);
     } else if (merges) {
       store_partials(self, 0, partials);

@@ -1,0 +1,195 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <cmath>
+
+#include "attend/cache/fp8_ds_mla.h"
+#include "attend/ops/mla.h"
+#include "core/check.h"
+#include "ops/attention_problem.h"
+
+namespace attend {
+namespace {
+
+constexpr std::string_view kOp = "mla_decode";
+
+/// Heads of a group at most: more rows do not make packing a piece cheaper beside using it.
+constexpr int kMostGroupHeads = 128;
+/// And at least, where there is a choice: fewer would not fill a tile.
+constexpr int kLeastGroupHeads = 16;
+
+bool is_ds_mla(const MlaDecodeArgs& a) { return a.kv_cache.dtype == DType::u8; }
+
+void check_types(const MlaDecodeArgs& a) {
+  if (is_ds_mla(a)) {
+    check::tensor({kOp, "q"}, a.q, 3, {DType::bf16});
+  } else {
+    check::tensor({kOp, "q"}, a.q, 3, {DType::f32, DType::f16, DType::bf16});
+  }
+  check::tensor({kOp, "kv_cache"}, a.kv_cache, 3,
+                {a.q.dtype, DType::fp8_e4m3, DType::fp8_e5m2, DType::u8});
+  check::tensor({kOp, "out"}, a.out, 3, {a.q.dtype});
+}
+
+void check_shapes(const MlaDecodeArgs& a) {
+  const std::int64_t dim = a.q.shape[2];
+  check::require(a.q.shape[1] > 0, {kOp, "q"}, "at least 1 head", [&] { return describe(a.q); });
+  check::require(
+      dim > 0 && dim % 8 == 0 && dim <= kMaxHeadDimQk, {kOp, "q"},
+      [] { return fmt::format("a last dimension that is a multiple of 8 in [8, {}]", kMaxHeadDimQk); },
+      dim);
+  if (is_ds_mla(a)) {
+    check::shape({kOp, "q"}, a.q, {-1, -1, kDsMlaLatentDim + kDsMlaRopeDim});
+    check::shape({kOp, "kv_cache"}, a.kv_cache, {-1, -1, kDsMlaRowBytes});
+    check::shape({kOp, "out"}, a.out, {a.q.shape[0], a.q.shape[1], kDsMlaLatentDim});
+  } else {
+    check::shape({kOp, "kv_cache"}, a.kv_cache, {-1, -1, dim});
+    check::shape({kOp, "out"}, a.out, {a.q.shape[0], a.q.shape[1], -1});
+    const std::int64_t latent = a.out.shape[2], most = std::min<std::int64_t>(dim, kMaxHeadDimV);
+    check::require(
+        latent > 0 && latent % 8 == 0 && latent <= most, {kOp, "out"},
+        [&] { return fmt::format("a last dimension that is a multiple of 8 in [8, {}]", most); },
+        latent);
+  }
+  for (const auto& [name, t] :
+       {std::pair<const char*, ConstTensorView>{"q", a.q}, {"kv_cache", a.kv_cache}, {"out", a.out}})
+    check::unit_last_stride({kOp, name}, t);
+  ops::check_block_size(kOp, "kv_cache", a.kv_cache);
+}
+
+void check_kv_scale(const MlaDecodeArgs& a) {
+  const check::Where where{kOp, "kv_scale"};
+  if (!is_fp8(a.kv_cache.dtype)) {
+    check::require(!a.kv_scale.defined(), where, "undefined: kv_cache has no fp8 codes of one scale",
+                   "a tensor");
+    return;
+  }
+  check::require(a.kv_scale.defined(), where, "f32, 1 element: kv_cache is fp8",
+                 "an undefined tensor");
+  check::tensor(where, a.kv_scale, a.kv_scale.rank == 0 ? 0 : 1, {DType::f32});
+  check::require(a.kv_scale.numel() == 1, where, "1 element", a.kv_scale.numel());
+  const float scale = *a.kv_scale.as<float>();
+  check::require(std::isfinite(scale) && scale > 0.0F, where, "a finite value > 0", scale);
+}
+
+void check_written(const MlaDecodeArgs& a) {
+  const auto check_one = [&](std::string_view name, const TensorView& t) {
+    const check::Where where{kOp, name};
+    check::distinct_elements(where, t);
+    for (const auto& [other, input] :
+         {std::pair<const char*, ConstTensorView>{"q", a.q},
+          {"kv_cache", a.kv_cache},
+          {"block_table", a.block_table},
+          {"query_start_loc", a.query_start_loc},
+          {"seq_lens", a.seq_lens},
+          {"kv_scale", a.kv_scale},
+          {"alibi_slopes", a.params.alibi_slopes},
+          {"sinks", a.params.sinks}}) {
+      if (input.defined()) check::no_overlap(where, t, other, input);
+    }
+  };
+  check_one("out", a.out);
+  if (!a.lse.defined()) return;
+  check::tensor({kOp, "lse"}, a.lse, 2, {DType::f32});
+  check::shape({kOp, "lse"}, a.lse, {a.q.shape[0], a.q.shape[1]});
+  check_one("lse", a.lse);
+  check::no_overlap({kOp, "lse"}, a.lse, "out", a.out);
+}
+
+/// Everything that needs no plan.
+void check_tensors(const MlaDecodeArgs& a) {
+  check_types(a);
+  check_shapes(a);
+  check_kv_scale(a);
+  check_written(a);
+  check::require(a.params.scale.has_value(), {kOp, "scale"},
+                 "a value (that of the model's heads before absorption)", "none");
+}
+
+void check_planned(const MlaDecodeArgs& a, const AttentionPlan& plan, Workspace workspace,
+                   const Executor& executor) {
+  ops::check_planned_shape(kOp, plan, {a.q, plan.num_kv_heads, a.out.shape[2], a.params});
+  ops::check_planned_lengths(kOp, "query_start_loc", a.query_start_loc, plan.query_start_loc);
+  ops::check_planned_lengths(kOp, "seq_lens", a.seq_lens, plan.seq_lens);
+  ops::check_params(kOp, a.params, plan.num_reqs(), plan.num_q_heads);
+  const auto block_size = static_cast<int>(a.kv_cache.shape[1]);
+  ops::check_block_table(kOp, a.block_table, plan, block_size, a.kv_cache.shape[0]);
+  ops::check_shared_blocks(kOp, a.block_table, plan, block_size);
+  ops::check_arithmetic(kOp, plan, a.q.dtype, a.kv_cache.dtype, a.kv_cache.dtype);
+  ops::check_resources(kOp, plan, workspace, executor);
+}
+
+cpu::AttentionProblem make_problem(const MlaDecodeArgs& a, const AttentionPlan& plan) {
+  cpu::AttentionProblem p = ops::base_problem(a.params, plan, a.q.dtype);
+  p.k_dtype = p.v_dtype = a.kv_cache.dtype;
+  if (a.kv_scale.defined()) p.k_descale = p.v_descale = {a.kv_scale.as<float>(), 0, 0};
+  ops::place_rows(p, a.q, a.out, a.lse);
+  p.k = p.v = a.kv_cache.data;
+  p.values_in_keys = true;
+  p.block_table = a.block_table.as<std::int32_t>();
+  p.block_table_stride = a.block_table.strides[0];
+  p.block_size = static_cast<int>(a.kv_cache.shape[1]);
+  // All groups of heads have the same keys.
+  p.k_strides = p.v_strides = {a.kv_cache.strides[0], a.kv_cache.strides[1], 0};
+  return p;
+}
+
+}  // namespace
+
+int mla_head_groups(int num_heads, int num_reqs, int num_workers) noexcept {
+  int groups = 1;
+  const auto may_halve = [&] {
+    const int heads = num_heads / groups;
+    return num_heads % (2 * groups) == 0 && heads / 2 >= kLeastGroupHeads;
+  };
+  const auto too_few = [&] {
+    return num_heads / groups > kMostGroupHeads || groups * num_reqs < num_workers;
+  };
+  while (too_few() && may_halve()) groups *= 2;
+  return groups;
+}
+
+AttentionPlan plan_mla_decode(AttentionPlanInput input) {
+  check::require(input.num_kv_heads == 1, {input.op, "num_kv_heads"},
+                 "1: all heads share the rows of the cache", input.num_kv_heads);
+  if (input.num_q_heads > 0 && input.num_workers > 0)
+    input.num_kv_heads = mla_head_groups(input.num_q_heads, static_cast<int>(input.seq_lens.size()),
+                                         input.num_workers);
+  return plan_attention(input);
+}
+
+void validate(const MlaDecodeArgs& args, const AttentionPlan& plan, Workspace workspace,
+              const Executor& executor) {
+  check_tensors(args);
+  check_planned(args, plan, workspace, executor);
+}
+
+void mla_decode(const MlaDecodeArgs& args, const AttentionPlan& plan, Workspace workspace,
+                Executor& executor) {
+  validate(args, plan, workspace, executor);
+  ops::run_plan(make_problem(args, plan), plan, workspace, executor);
+}
+
+void mla_decode(const MlaDecodeArgs& args, Executor* executor, const KernelOptions& kernels) {
+  Executor& run_on = executor != nullptr ? *executor : default_executor();
+  check_tensors(args);
+  AttentionPlanInput in;
+  in.op = kOp.data();
+  in.query_start_loc = check::i32_array({kOp, "query_start_loc"}, args.query_start_loc, -1);
+  in.seq_lens = check::i32_array({kOp, "seq_lens"}, args.seq_lens,
+                                 static_cast<std::int64_t>(in.query_start_loc.size()) - 1);
+  in.num_q_heads = static_cast<int>(args.q.shape[1]);
+  in.num_kv_heads = 1;
+  in.head_dim_qk = static_cast<int>(args.q.shape[2]);
+  in.head_dim_v = static_cast<int>(args.out.shape[2]);
+  in.causal = args.params.causal;
+  in.window_left = args.params.window_left;
+  in.window_right = args.params.window_right;
+  in.num_workers = run_on.num_workers();
+  in.isa = kernels.isa;
+  in.arithmetic = kernels.arithmetic;
+  const AttentionPlan plan = plan_mla_decode(in);
+  const Workspace workspace = ops::thread_workspace(plan.workspace_bytes);
+  check_planned(args, plan, workspace, run_on);
+  ops::run_plan(make_problem(args, plan), plan, workspace, run_on);
+}
+
+}  // namespace attend
