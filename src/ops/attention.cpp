@@ -16,9 +16,7 @@ constexpr std::string_view kOp = "flash_attn_varlen";
 bool is_paged(const FlashAttnVarlenArgs& a) { return a.block_table.defined(); }
 
 /// The call ends in the rows' state, not in out and lse.
-bool keeps_state(const FlashAttnVarlenArgs& a) {
-  return a.carry.state.defined() && !a.carry.last;
-}
+bool keeps_state(const FlashAttnVarlenArgs& a) { return a.carry.state.defined() && !a.carry.last; }
 
 /// No written tensor may hold what tells where to read.
 void check_side_inputs(const FlashAttnVarlenArgs& a) {

@@ -34,12 +34,14 @@ void check_shapes(const MlaDecodeArgs& a) {
   check::require(a.q.shape[1] > 0, {kOp, "q"}, "at least 1 head", [&] { return describe(a.q); });
   check::require(
       dim > 0 && dim % 8 == 0 && dim <= kMaxHeadDimQk, {kOp, "q"},
-      [] { return fmt::format("a last dimension that is a multiple of 8 in [8, {}]", kMaxHeadDimQk); },
+      [] {
+        return fmt::format("a last dimension that is a multiple of 8 in [8, {}]", kMaxHeadDimQk);
+      },
       dim);
   if (is_ds_mla(a)) {
-    check::shape({kOp, "q"}, a.q, {-1, -1, kDsMlaLatentDim + kDsMlaRopeDim});
-    check::shape({kOp, "kv_cache"}, a.kv_cache, {-1, -1, kDsMlaRowBytes});
-    check::shape({kOp, "out"}, a.out, {a.q.shape[0], a.q.shape[1], kDsMlaLatentDim});
+    check::shape({kOp, "q"}, a.q, {-1, -1, fp8_ds_mla::kDim});
+    check::shape({kOp, "kv_cache"}, a.kv_cache, {-1, -1, fp8_ds_mla::kRowBytes});
+    check::shape({kOp, "out"}, a.out, {a.q.shape[0], a.q.shape[1], fp8_ds_mla::kLatent});
   } else {
     check::shape({kOp, "kv_cache"}, a.kv_cache, {-1, -1, dim});
     check::shape({kOp, "out"}, a.out, {a.q.shape[0], a.q.shape[1], -1});
@@ -49,8 +51,9 @@ void check_shapes(const MlaDecodeArgs& a) {
         [&] { return fmt::format("a last dimension that is a multiple of 8 in [8, {}]", most); },
         latent);
   }
-  for (const auto& [name, t] :
-       {std::pair<const char*, ConstTensorView>{"q", a.q}, {"kv_cache", a.kv_cache}, {"out", a.out}})
+  for (const auto& [name, t] : {std::pair<const char*, ConstTensorView>{"q", a.q},
+                                {"kv_cache", a.kv_cache},
+                                {"out", a.out}})
     check::unit_last_stride({kOp, name}, t);
   ops::check_block_size(kOp, "kv_cache", a.kv_cache);
 }
@@ -58,8 +61,8 @@ void check_shapes(const MlaDecodeArgs& a) {
 void check_kv_scale(const MlaDecodeArgs& a) {
   const check::Where where{kOp, "kv_scale"};
   if (!is_fp8(a.kv_cache.dtype)) {
-    check::require(!a.kv_scale.defined(), where, "undefined: kv_cache has no fp8 codes of one scale",
-                   "a tensor");
+    check::require(!a.kv_scale.defined(), where,
+                   "undefined: kv_cache has no fp8 codes of one scale", "a tensor");
     return;
   }
   check::require(a.kv_scale.defined(), where, "f32, 1 element: kv_cache is fp8",
@@ -74,15 +77,14 @@ void check_written(const MlaDecodeArgs& a) {
   const auto check_one = [&](std::string_view name, const TensorView& t) {
     const check::Where where{kOp, name};
     check::distinct_elements(where, t);
-    for (const auto& [other, input] :
-         {std::pair<const char*, ConstTensorView>{"q", a.q},
-          {"kv_cache", a.kv_cache},
-          {"block_table", a.block_table},
-          {"query_start_loc", a.query_start_loc},
-          {"seq_lens", a.seq_lens},
-          {"kv_scale", a.kv_scale},
-          {"alibi_slopes", a.params.alibi_slopes},
-          {"sinks", a.params.sinks}}) {
+    for (const auto& [other, input] : {std::pair<const char*, ConstTensorView>{"q", a.q},
+                                       {"kv_cache", a.kv_cache},
+                                       {"block_table", a.block_table},
+                                       {"query_start_loc", a.query_start_loc},
+                                       {"seq_lens", a.seq_lens},
+                                       {"kv_scale", a.kv_scale},
+                                       {"alibi_slopes", a.params.alibi_slopes},
+                                       {"sinks", a.params.sinks}}) {
       if (input.defined()) check::no_overlap(where, t, other, input);
     }
   };

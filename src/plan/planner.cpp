@@ -27,8 +27,8 @@ class Planner {
         whole_(scratch.whole),
         shared_(scratch.shared),
         innermost_(scratch.innermost) {
-    const int rows = max_unit_rows(p_.num_tokens(), p_.num_q_heads,
-                                   p_.head_dim_qk + p_.head_dim_v, p_.num_workers);
+    const int rows = max_unit_rows(p_.num_tokens(), p_.num_q_heads, p_.head_dim_qk + p_.head_dim_v,
+                                   p_.num_workers);
     step_ = std::max(1, rows / group_);
     whole_.clear();
     shared_.clear();

@@ -16,8 +16,7 @@ inline constexpr int kUnitsPerWorker = 4;
 
 /// Most rows of a unit of a batch, unless the heads of one token are more. `head_dims`: of keys and
 /// of values together.
-inline int max_unit_rows(std::int64_t num_tokens, int num_q_heads, int head_dims,
-                         int num_workers) {
+inline int max_unit_rows(std::int64_t num_tokens, int num_q_heads, int head_dims, int num_workers) {
   const std::int64_t units = std::int64_t{kUnitsPerWorker} * num_workers;
   const int most = head_dims <= kWholeHeadDims
                        ? kMaxUnitRows

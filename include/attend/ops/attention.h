@@ -37,8 +37,8 @@ struct AttentionParams {
   bool lse_includes_sink = false;
 };
 
-/// Sums of query rows whose keys come in several calls. The calls have the bits of one call over all
-/// keys if each but the last brings a multiple of kPieceSize keys a request.
+/// Sums of query rows whose keys come in several calls. The calls have the bits of one call over
+/// all keys if each but the last brings a multiple of kPieceSize keys a request.
 struct AttentionCarry {
   /// f32 [T', Hq, Dv + 2], contiguous: running maximum and sum, then the weighted values. What it
   /// holds is for these calls alone. T' >= T; with `last` the rows behind those of the last request

@@ -8,8 +8,8 @@
 #include "attend/plan/attention_plan.h"
 
 /// Absorbed decode of multi-head latent attention: every query head attends to the rows of a latent
-/// cache. A row of E elements is the key of all heads, its first L elements are their value; queries
-/// are [absorbed part, L | rotated part, R], E = L + R. For sizes see MlaDims.
+/// cache. A row of E elements is the key of all heads, its first L elements are their value;
+/// queries are [absorbed part, L | rotated part, R], E = L + R. For sizes see MlaDims.
 namespace attend {
 
 /// Arguments of mla_decode. B requests, T query tokens, H heads.
@@ -36,8 +36,8 @@ struct MlaDecodeArgs {
 /// has the heads of one group. Bits do not depend on it.
 int mla_head_groups(int num_heads, int num_reqs, int num_workers) noexcept;
 
-/// Plans mla_decode. `input`: num_q_heads = H, num_kv_heads = 1, head_dim_qk = E, head_dim_v = L. The
-/// plan's num_kv_heads is the number of head groups.
+/// Plans mla_decode. `input`: num_q_heads = H, num_kv_heads = 1, head_dim_qk = E, head_dim_v = L.
+/// The plan's num_kv_heads is the number of head groups.
 /// @throws InvalidArgument, Unsupported as plan_attention().
 AttentionPlan plan_mla_decode(AttentionPlanInput input);
 

@@ -82,10 +82,10 @@ template <typename K, typename V>
 struct AmxUnitRunner : UnitRunner<bf16, K, V> {
   using Base = UnitRunner<bf16, K, V>;
   using Base::acc, Base::factors, Base::hi, Base::keep, Base::key_scales, Base::kStagedKeys,
-      Base::kStagedValues, Base::kValuesAreKeys, Base::lo,
-      Base::next, Base::p, Base::packed_panel, Base::piece_l, Base::piece_m, Base::q, Base::rows,
-      Base::s, Base::staged_k, Base::stored_k_rows, Base::stored_v_rows, Base::take, Base::u,
-      Base::value_scales, Base::values_packed;
+      Base::kStagedValues, Base::kValuesAreKeys, Base::lo, Base::next, Base::p, Base::packed_panel,
+      Base::piece_l, Base::piece_m, Base::q, Base::rows, Base::s, Base::staged_k,
+      Base::stored_k_rows, Base::stored_v_rows, Base::take, Base::u, Base::value_scales,
+      Base::values_packed;
   using Base::Base;
   KeyRange unit_keys;  // of the piece at hand that any row sees
   /// Whatever rows hold that fill up a tile reaches no other row.

@@ -2,6 +2,7 @@
 #pragma once
 #include <cstdint>
 
+#include "attend/cache/fp8_ds_mla.h"
 #include "attend/core/cpu.h"
 #include "attend/core/dtype.h"
 #include "attend/plan/attention_plan.h"
@@ -41,9 +42,6 @@ struct Descale {
   }
 };
 
-inline constexpr int kDsMlaRowBytes = 656, kDsMlaTile = 128, kDsMlaScales = 4,
-                     kDsMlaScaleOffset = 512, kDsMlaRopeOffset = 528, kDsMlaRopeDim = 64;
-
 /// A validated problem: everything but which part of the work to do.
 struct AttentionProblem {
   /// f32, f16 or bf16, all alike. Or codes as keys and values (fp8; int8 with scales a token): then
@@ -69,8 +67,8 @@ struct AttentionProblem {
   float* lse = nullptr;  ///< null = not wanted
   RowLayout q_layout, out_layout, lse_layout;
   KvStrides k_strides, v_strides;
-  /// Values are the first elements of the keys, as in a latent cache: v and its strides are those of
-  /// k. Always so for fp8_ds_mla rows.
+  /// Values are the first elements of the keys, as in a latent cache: v and its strides are those
+  /// of k. Always so for fp8_ds_mla rows.
   bool values_in_keys = false;
   /// [T, Hq, head_dim_v + plan::kCarryHeader] state that rows begin with or end in; null = off.
   float* carry = nullptr;

@@ -115,9 +115,8 @@ void reduce_unit(const AttentionProblem& p, const Reduction& u,
     const int head = u.kv_head * p.group_size + r % p.group_size;
     const std::int64_t row =
         (std::int64_t{p.query_start_loc[u.request]} + tok) * p.carry_heads + head;
-    float* carried = p.carry == nullptr
-                         ? nullptr
-                         : p.carry + row * (p.head_dim_v + plan::kCarryHeader);
+    float* carried =
+        p.carry == nullptr ? nullptr : p.carry + row * (p.head_dim_v + plan::kCarryHeader);
     state[0][0] = -std::numeric_limits<float>::infinity();
     state[1][0] = 0.0F;
     if (carried != nullptr && p.resumes != nullptr && p.resumes[u.request]) {

@@ -57,16 +57,17 @@ struct Decoder<DsMlaByte> {
   Decoder<fp8_e4m3> codes;
   ATTEND_INLINE void decode(const DsMlaByte* row, int /*n*/, bf16* to) const {
     const std::uint8_t* bytes = &row->bits;
-    for (int tile = 0; tile < kDsMlaScales; ++tile, to += kDsMlaTile) {
+    for (int tile = 0; tile < fp8_ds_mla::kTiles; ++tile, to += fp8_ds_mla::kTile) {
       float scale;
-      std::memcpy(&scale, bytes + kDsMlaScaleOffset + tile * sizeof scale, sizeof scale);
+      std::memcpy(&scale, bytes + fp8_ds_mla::kScalesAt + tile * sizeof scale, sizeof scale);
       const Simd::F factor = Simd::set1(scale);
-      alignas(64) bf16 plain[kDsMlaTile];
-      codes.decode(reinterpret_cast<const fp8_e4m3*>(bytes + tile * kDsMlaTile), kDsMlaTile, plain);
-      for (int i = 0; i < kDsMlaTile; i += Simd::kLanes)
+      alignas(64) bf16 plain[fp8_ds_mla::kTile];
+      codes.decode(reinterpret_cast<const fp8_e4m3*>(bytes + tile * fp8_ds_mla::kTile),
+                   fp8_ds_mla::kTile, plain);
+      for (int i = 0; i < fp8_ds_mla::kTile; i += Simd::kLanes)
         Simd::narrow(to + i, Simd::mul(Simd::widen(plain + i), factor));
     }
-    std::memcpy(to, bytes + kDsMlaRopeOffset, kDsMlaRopeDim * sizeof(bf16));
+    std::memcpy(to, bytes + fp8_ds_mla::kRopeAt, fp8_ds_mla::kRope * sizeof(bf16));
   }
 };
 
@@ -77,10 +78,10 @@ struct UnitRunner : UnitState<T, K, V> {
   using Base = UnitState<T, K, V>;
   using Base::acc, Base::clock, Base::dv_padded, Base::fetched, Base::following, Base::hi,
       Base::k_panels, Base::k_rows, Base::keep, Base::key_scales, Base::kStagedKeys,
-      Base::kStagedValues, Base::kValuesAreKeys, Base::l, Base::lo,
-      Base::m, Base::next_k_rows, Base::next_v_rows, Base::p, Base::piece_l, Base::piece_m, Base::q,
-      Base::request, Base::rows, Base::s, Base::staged_k, Base::staged_v, Base::stored_k_rows,
-      Base::stored_v_rows, Base::take, Base::u, Base::v_panels, Base::v_rows, Base::value_scales;
+      Base::kStagedValues, Base::kValuesAreKeys, Base::l, Base::lo, Base::m, Base::next_k_rows,
+      Base::next_v_rows, Base::p, Base::piece_l, Base::piece_m, Base::q, Base::request, Base::rows,
+      Base::s, Base::staged_k, Base::staged_v, Base::stored_k_rows, Base::stored_v_rows, Base::take,
+      Base::u, Base::v_panels, Base::v_rows, Base::value_scales;
   using Base::Base;
 
   /// Whether rows that fill up a tile have to be cleared.
@@ -765,7 +766,7 @@ struct UnitRunner : UnitState<T, K, V> {
     }
     next = {has_next ? next_k_rows : stored_k_rows,
             has_next ? next_v_rows : stored_v_rows,
-            kValuesAreKeys ? kDsMlaRowBytes : p.head_dim_qk,
+            kValuesAreKeys ? fp8_ds_mla::kRowBytes : p.head_dim_qk,
             p.head_dim_v,
             range.lo,
             range.hi,
@@ -777,8 +778,8 @@ struct UnitRunner : UnitState<T, K, V> {
   /// State of row r in memory that outlives the call.
   float* carried(int r) const {
     const std::int64_t num_heads = std::int64_t{p.carry_heads};
-    return p.carry + (this->token(r) * num_heads + this->head(r)) *
-                         (p.head_dim_v + plan::kCarryHeader);
+    return p.carry +
+           (this->token(r) * num_heads + this->head(r)) * (p.head_dim_v + plan::kCarryHeader);
   }
   void load_carry() {
     if (p.resumes == nullptr || !p.resumes[u.request]) return;
