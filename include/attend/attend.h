@@ -24,6 +24,7 @@
 #include "attend/ops/cache.h"
 #include "attend/ops/int8_cache.h"
 #include "attend/ops/merge.h"
+#include "attend/ops/mla_weights.h"
 #include "attend/ops/quant.h"
 #include "attend/oracle/attention.h"
 #include "attend/oracle/quantize.h"

@@ -1,0 +1,25 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <immintrin.h>
+#include <bit>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <type_traits>
+
+#include "attend/core/float_types.h"
+#include "kernels/cpu/exp2_poly.h"
+#include "kernels/cpu/inline.h"
+#include "kernels/cpu/matmul/matmul.h"
+#include "kernels/cpu/region.h"
+
+ATTEND_REGION_BEGIN("avx2,fma,f16c")
+namespace attend::cpu::avx2 {
+namespace {
+#include "kernels/cpu/simd_avx2-inl.h"
+//
+#include "kernels/cpu/matmul/matmul-inl.h"
+}  // namespace
+
+extern constinit const MatmulKernel kMatmulKernel = make_matmul_entry(IsaLevel::avx2);
+}  // namespace attend::cpu::avx2
+ATTEND_REGION_END
