@@ -2,6 +2,7 @@
 #pragma once
 /// Everything in one include. Each header also stands alone.
 #include "attend/backend/backend.h"
+#include "attend/backend/mla_prefill.h"
 #include "attend/backend/selector.h"
 #include "attend/batch/common_metadata.h"
 #include "attend/batch/fast_prefill.h"

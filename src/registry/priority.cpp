@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "registry/priority.h"
 
-#include <algorithm>
 #include <array>
 #include <string_view>
 
 #include "attend/backend/selector.h"
+#include "registry/named.h"
 
 namespace attend {
 namespace {
@@ -29,21 +29,11 @@ constexpr std::array<PriorityRow, 6> kPriorities = {{
 
 std::vector<const Backend*> order_by_priority(std::span<const Backend* const> all,
                                               const AttentionConfig& config) {
-  std::vector<const Backend*> ordered;
   for (const PriorityRow& row : kPriorities) {
-    if (row.device != config.platform.type || row.use_mla != config.use_mla) continue;
-    for (const std::string_view name : row.names) {
-      const auto it =
-          std::find_if(all.begin(), all.end(), [&](const Backend* b) { return b->name() == name; });
-      if (it != all.end()) ordered.push_back(*it);
-    }
+    if (row.device == config.platform.type && row.use_mla == config.use_mla)
+      return order_by_names(all, row.names);
   }
-  for (const Backend* backend : all) {
-    if (std::find(ordered.begin(), ordered.end(), backend) == ordered.end()) {
-      ordered.push_back(backend);
-    }
-  }
-  return ordered;
+  return {all.begin(), all.end()};
 }
 
 std::vector<const Backend*> backend_priority(const AttentionConfig& config) {

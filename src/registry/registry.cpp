@@ -1,12 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // The table of back ends: one generated line for each folder of src/backends that registers itself.
-#include <fmt/format.h>
-
-#include <algorithm>
 #include <vector>
 
 #include "attend/backend/selector.h"
-#include "attend/core/error.h"
+#include "registry/named.h"
 
 namespace attend {
 
@@ -18,27 +15,16 @@ namespace attend {
 #undef ATTEND_BACKEND
 
 std::span<const Backend* const> backends() noexcept {
-  static const std::vector<const Backend*> all = [] {
-    std::vector<const Backend*> list = {
+  static const std::vector<const Backend*> all = sorted_by_name<Backend>({
 #define ATTEND_BACKEND(name) &name::backend(),
 #include "backends.inc"
 #undef ATTEND_BACKEND
-    };
-    std::sort(list.begin(), list.end(),
-              [](const Backend* a, const Backend* b) { return a->name() < b->name(); });
-    return list;
-  }();
+  });
   return all;
 }
 
 const Backend& find_backend(std::string_view name) {
-  std::string valid;
-  for (const Backend* backend : backends()) {
-    if (backend->name() == name) return *backend;
-    valid += fmt::format("{}{}", valid.empty() ? "" : ", ", backend->name());
-  }
-  throw InvalidArgument("find_backend", "name", fmt::format("one of {}", valid),
-                        fmt::format("'{}'", name));
+  return find_by_name("find_backend", backends(), name);
 }
 
 }  // namespace attend

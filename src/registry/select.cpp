@@ -6,10 +6,9 @@
 #include <algorithm>
 
 namespace attend {
-namespace {
 
-std::optional<std::string> platform_reason(const Backend& candidate, const Platform& platform) {
-  const std::vector<DeviceType>& devices = candidate.capability().devices;
+std::optional<std::string> platform_reason(const std::vector<DeviceType>& devices,
+                                           const Platform& platform) {
   if (devices.empty() ||
       std::find(devices.begin(), devices.end(), platform.type) != devices.end()) {
     return std::nullopt;
@@ -23,35 +22,21 @@ std::optional<std::string> platform_reason(const Backend& candidate, const Platf
       to_string(platform), names);
 }
 
-}  // namespace
+std::vector<std::string> named_reasons(
+    const std::vector<std::pair<std::string, std::vector<std::string>>>& rejected) {
+  std::vector<std::string> lines;
+  for (const auto& [name, reasons] : rejected) {
+    lines.push_back(fmt::format("{}: [{}]", name, fmt::join(reasons, ", ")));
+  }
+  return lines;
+}
 
 Selection select_first(std::span<const Backend* const> candidates, const AttentionConfig& config) {
-  Selection selection;
-  for (const Backend* candidate : candidates) {
-    std::vector<std::string> reasons = candidate->validate_configuration(config);
-    if (auto reason = platform_reason(*candidate, config.platform)) {
-      reasons.push_back(*std::move(reason));
-    }
-    if (!reasons.empty()) {
-      selection.rejected.emplace_back(candidate->name(), std::move(reasons));
-    } else if (selection.backend == nullptr) {
-      selection.backend = candidate;
-    } else {
-      selection.also_valid.emplace_back(candidate->name());
-    }
-  }
-  return selection;
+  return select_first_of<Selection>(candidates, config);
 }
 
 Selection select_only(const Backend& candidate, const AttentionConfig& config) {
-  Selection selection;
-  std::vector<std::string> reasons = candidate.validate_configuration(config);
-  if (reasons.empty()) {
-    selection.backend = &candidate;
-  } else {
-    selection.rejected.emplace_back(candidate.name(), std::move(reasons));
-  }
-  return selection;
+  return select_only_of<Selection>(candidate, config);
 }
 
 }  // namespace attend

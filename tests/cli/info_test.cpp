@@ -4,6 +4,7 @@
 #include <cstdlib>
 #include <nlohmann/json.hpp>
 
+#include "attend/backend/mla_prefill.h"
 #include "attend/backend/selector.h"
 #include "attend/core/cpu.h"
 #include "attend/core/huge_pages.h"
@@ -83,6 +84,30 @@ TEST(BackendsCommand, ListsEveryBackendWithItsCapability) {
     EXPECT_EQ(list[i].at("block_sizes"), backend.capability().block_sizes);
     EXPECT_EQ(list[i].at("features").at("sink"), backend.capability().supports_sink);
   }
+}
+
+TEST(BackendsCommand, ListsEveryMlaPrefillBackend) {
+  const CliResult r = run_cli("backends --json -");
+  ASSERT_EQ(r.exit_code, 0) << r.err;
+  const auto list = nlohmann::json::parse(r.out).at("mla_prefill_backends");
+  ASSERT_EQ(list.size(), mla_prefill_backends().size());
+  for (std::size_t i = 0; i < list.size(); ++i) {
+    const MlaPrefillBackend& backend = *mla_prefill_backends()[i];
+    const MlaPrefillCapability& can = backend.capability();
+    EXPECT_EQ(list[i].at("name"), backend.name());
+    EXPECT_EQ(list[i].at("max_head_dim"), can.max_head_dim);
+    EXPECT_EQ(list[i].at("rocm_archs"), can.rocm_archs);
+    EXPECT_EQ(list[i].at("features").at("batch_invariance"), can.supports_batch_invariance);
+  }
+  EXPECT_THAT(run_cli("backends").out,
+              HasSubstr("ROCM_AITER_FA (MLA prefill)\n"
+                        "  dtypes           f16, bf16, f32 (cpu only: f32)\n"
+                        "  dimensions       multiples of 8, heads at most 256\n"
+                        "  chosen on        rocm\n"
+                        "  cuda capability  any\n"
+                        "  rocm archs       gfx942, gfx950\n"
+                        "  quantised output nowhere\n"
+                        "  batch invariance no\n"));
 }
 
 TEST(BackendsCommand, TextShowsLimits) {

@@ -70,11 +70,73 @@ TEST(SelectCommand, ExplicitBackendIsTheOnlyOneAsked) {
   EXPECT_EQ(run_cli("select --platform rocm:gfx942").exit_code, 1);
 }
 
+nlohmann::json mla_prefill(const std::string& options) {
+  return nlohmann::json::parse(run_cli("select --mla --json - " + options).out).at("mla_prefill");
+}
+
+TEST(SelectCommand, MlaNamesThePrefillBackendWithTheReasonsAgainstTheOther) {
+  const CliResult cuda = run_cli("select --mla --platform cuda:9.0");
+  EXPECT_THAT(cuda.out, HasSubstr("head_size=576"));
+  EXPECT_THAT(cuda.out,
+              HasSubstr("MLA prefill\n"
+                        "asked for   platform=cuda:9.0, dtype=bf16, kv_lora_rank=512, "
+                        "qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128\n"
+                        "choice      FLASH_ATTN\n"
+                        "rejected    ROCM_AITER_FA\n"
+                        "            - required dependencies not available: cuda:9.0\n"
+                        "            - platform not supported: cuda:9.0 (chosen automatically on "
+                        "rocm only; elsewhere ask for it by name)\n"));
+  EXPECT_THAT(run_cli("select --mla --platform rocm:gfx942").out,
+              HasSubstr("choice      ROCM_AITER_FA\n"
+                        "also valid  FLASH_ATTN\n"
+                        "            - comes later in the order of this platform\n"
+                        "            - values are padded from 128 to 192 columns\n"));
+  EXPECT_THAT(run_cli("select --mla --platform rocm:gfx942 --batch-invariant").out,
+              HasSubstr("choice      FLASH_ATTN\n"
+                        "            - values are padded from 128 to 192 columns\n"
+                        "rejected    ROCM_AITER_FA\n"
+                        "            - batch invariance not supported\n"));
+}
+
+TEST(SelectCommand, MlaPrefillInJson) {
+  const auto rocm = mla_prefill("--platform rocm:gfx942");
+  EXPECT_EQ(rocm.at("backend"), "ROCM_AITER_FA");
+  EXPECT_EQ(rocm.at("also_valid"), nlohmann::json::parse(R"(["FLASH_ATTN"])"));
+  EXPECT_EQ(rocm.at("requires_v_padding"), false);
+  const auto j = mla_prefill(
+      "--platform cuda:7.5 --dtype f32 --kv-lora-rank 256 --qk-nope-head-dim 60 "
+      "--qk-rope-head-dim 32 --v-head-dim 64 --batch-invariant --quant-output "
+      "--mla-prefill FLASH_ATTN");
+  EXPECT_EQ(j.at("config"), nlohmann::json::parse(R"({
+    "platform": "cuda:7.5", "dtype": "f32", "kv_lora_rank": 256, "qk_nope_head_dim": 60,
+    "qk_rope_head_dim": 32, "v_head_dim": 64, "batch_invariant": true, "quant_output": true})"));
+  EXPECT_TRUE(j.at("backend").is_null());
+  EXPECT_TRUE(j.at("requires_v_padding").is_null());
+  ASSERT_EQ(j.at("rejected").size(), 1U);
+  EXPECT_EQ(j.at("rejected")[0].at("name"), "FLASH_ATTN");
+  EXPECT_EQ(j.at("rejected")[0].at("reasons").size(), 4U);
+}
+
+TEST(SelectCommand, MlaPrefillByNameIsTheOnlyOneAsked) {
+  const auto j = mla_prefill("--mla-prefill ROCM_AITER_FA");
+  EXPECT_EQ(j.at("backend"), "ROCM_AITER_FA");
+  EXPECT_TRUE(j.at("rejected").empty());
+}
+
+TEST(SelectCommand, OnlyDenseMlaHasAPrefillBackend) {
+  for (const char* options : {"", "--mla --sparse "}) {
+    const auto j = nlohmann::json::parse(run_cli(std::string("select --json - ") + options).out);
+    EXPECT_FALSE(j.contains("mla_prefill")) << options;
+  }
+}
+
 TEST(SelectCommand, BadInputIsExitCode2AndOneLine) {
   for (const char* arguments :
        {"select --platform tpu", "select --dtype f7", "select --attn-type both",
         "select --backend FLASHINFER", "select --head-size many", "select --nonsense",
-        "select --json /nonexistent/file"}) {
+        "select --json /nonexistent/file", "select --mla --mla-prefill FLASHINFER",
+        "select --mla --v-head-dim many", "select --v-head-dim 64",
+        "select --mla-prefill FLASH_ATTN"}) {
     const CliResult r = run_cli(arguments);
     EXPECT_EQ(r.exit_code, 2) << arguments;
     EXPECT_THAT(r.err, StartsWith("attend: ")) << arguments;

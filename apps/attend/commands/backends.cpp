@@ -9,7 +9,9 @@
 #include <vector>
 
 #include "attend/backend/selector.h"
+#include "capability_text.h"
 #include "cli.h"
+#include "mla_prefill_report.h"
 
 namespace attend::cli {
 namespace {
@@ -28,27 +30,9 @@ std::array<Flag, 9> flags(const Capability& can) {
            {"kv_connector", can.supports_kv_connector}}};
 }
 
-template <typename T>
-std::vector<std::string> names(const std::vector<T>& values) {
-  std::vector<std::string> texts;
-  for (const T& value : values) texts.emplace_back(to_string(value));
-  return texts;
-}
-
-std::string list(const std::vector<std::string>& texts) {
-  return texts.empty() ? "any" : fmt::format("{}", fmt::join(texts, ", "));
-}
-
 std::string head_sizes(const Capability& can) {
   if (!can.head_sizes.empty()) return fmt::format("{}", fmt::join(can.head_sizes, ", "));
-  const std::string most =
-      can.max_head_size > 0 ? fmt::format(", at most {}", can.max_head_size) : std::string();
-  return fmt::format("multiples of {}{}", can.head_size_multiple, most);
-}
-
-std::string min_capability(const Capability& can) {
-  if (can.min_cuda_capability == 0) return "any";
-  return fmt::format("at least {}.{}", can.min_cuda_capability / 10, can.min_cuda_capability % 10);
+  return multiples(can.head_size_multiple, can.max_head_size);
 }
 
 nlohmann::ordered_json as_json(const Backend& backend) {
@@ -73,22 +57,18 @@ void print(const Backend& backend) {
   const Capability& can = backend.capability();
   std::vector<std::string> yes, no;
   for (const auto& [name, set] : flags(can)) (set ? yes : no).emplace_back(name);
-  std::string dtypes = list(names(can.dtypes));
-  if (!can.cpu_only_dtypes.empty()) {
-    dtypes += fmt::format(" (cpu only: {})", list(names(can.cpu_only_dtypes)));
-  }
   std::string blocks = "any";
   if (!can.block_sizes.empty()) {
     blocks = fmt::format("multiples of {}", fmt::join(can.block_sizes, ", "));
   }
   const std::array<std::pair<const char*, std::string>, 9> rows = {{
-      {"dtypes", dtypes},
+      {"dtypes", dtype_list(can.dtypes, can.cpu_only_dtypes)},
       {"kv cache dtypes", list(can.kv_cache_dtypes)},
       {"head sizes", head_sizes(can)},
       {"block sizes", blocks},
       {"attention types", list(names(can.attn_types))},
       {"chosen on", list(names(can.devices))},
-      {"cuda capability", min_capability(can)},
+      {"cuda capability", capability_text(can.min_cuda_capability)},
       {"has", yes.empty() ? "-" : list(yes)},
       {"has not", no.empty() ? "-" : list(no)},
   }};
@@ -106,7 +86,8 @@ void add_backends(CLI::App& app) {
       "one configuration and says why the others are out.\n\n"
       "'chosen on' lists the platforms where a back end is chosen by itself; elsewhere it has to "
       "be\n"
-      "asked for by name ('attend select --backend NAME').\n\n"
+      "asked for by name ('attend select --backend NAME'). Those marked 'MLA prefill' compute the\n"
+      "prefill of MLA layers ('attend select --mla').\n\n"
       "Examples:\n"
       "  attend backends\n"
       "  attend backends --json - | jq '.backends[].name'");
@@ -117,6 +98,11 @@ void add_backends(CLI::App& app) {
     for (const Backend* backend : backends()) {
       result["backends"].push_back(as_json(*backend));
       if (*json_path != "-") print(*backend);
+    }
+    result["mla_prefill_backends"] = nlohmann::ordered_json::array();
+    for (const MlaPrefillBackend* backend : mla_prefill_backends()) {
+      result["mla_prefill_backends"].push_back(mla_prefill_json(*backend));
+      if (*json_path != "-") print_mla_prefill(*backend);
     }
     write_json(result, *json_path);
   });

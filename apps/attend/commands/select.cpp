@@ -3,21 +3,28 @@
 #include <fmt/format.h>
 
 #include <memory>
+#include <optional>
 #include <string>
 
 #include "attend/backend/selector.h"
 #include "attend/core/error.h"
 #include "cli.h"
+#include "mla_prefill_report.h"
+#include "selection_report.h"
 
 namespace attend::cli {
 namespace {
 
+constexpr int kDefaultHeadSize = 128;
+
 struct SelectOptions {
   AttentionConfig config;
+  std::optional<int> head_size;
   std::string platform = "cpu";
   std::string dtype = "bf16";
   std::string attn_type = "decoder";
   std::string backend = "auto";
+  MlaPrefillOptions prefill;
   std::string json_path;
 };
 
@@ -37,7 +44,21 @@ AttentionConfig parse(const SelectOptions& options) {
                           fmt::format("'{}'", options.attn_type));
   }
   config.attn_type = *type;
+  // What an MLA back end calls its head size is a row of its cache.
+  config.head_size = options.head_size.value_or(
+      config.use_mla ? options.prefill.config.dims.cache_dim() : kDefaultHeadSize);
   return config;
+}
+
+/// Sparse attention has no prefill of its own.
+bool has_prefill(const AttentionConfig& config) { return config.use_mla && !config.use_sparse; }
+
+MlaPrefillOptions prefill_options(const SelectOptions& options, const AttentionConfig& config) {
+  MlaPrefillOptions prefill = options.prefill;
+  prefill.config.platform = config.platform;
+  prefill.config.dtype = config.dtype;
+  prefill.config.batch_invariant = config.batch_invariant;
+  return prefill;
 }
 
 nlohmann::ordered_json as_json(const AttentionConfig& c) {
@@ -63,27 +84,30 @@ nlohmann::ordered_json as_json(const AttentionConfig& c) {
 nlohmann::ordered_json as_json(const Selection& selection, const AttentionConfig& config) {
   nlohmann::ordered_json j;
   j["config"] = as_json(config);
-  j["backend"] =
-      selection.backend != nullptr ? nlohmann::ordered_json(selection.backend->name()) : nullptr;
-  j["also_valid"] = selection.also_valid;
-  j["rejected"] = nlohmann::ordered_json::array();
-  for (const auto& [name, reasons] : selection.rejected) {
-    j["rejected"].push_back({{"name", name}, {"reasons", reasons}});
-  }
+  add_selection(j, selection);
   return j;
 }
 
-void print(const Selection& selection, const AttentionConfig& config) {
-  fmt::print("asked for   {}\n", describe(config));
-  fmt::print("choice      {}\n",
-             selection.backend != nullptr ? selection.backend->name() : "none fits");
-  if (!selection.also_valid.empty()) {
-    fmt::print("also valid  {}\n", fmt::join(selection.also_valid, ", "));
+void run(const SelectOptions& options) {
+  const AttentionConfig config = parse(options);
+  const bool prints = options.json_path != "-";
+  const Selection selection =
+      options.backend == "auto" ? select_backend(config) : select_backend(config, options.backend);
+  nlohmann::ordered_json result = as_json(selection, config);
+  bool fits = selection.backend != nullptr;
+  MlaPrefillSelection prefill_selection;
+  const MlaPrefillOptions prefill = prefill_options(options, config);
+  if (has_prefill(config)) {
+    prefill_selection = select_mla_prefill(prefill);
+    result["mla_prefill"] = mla_prefill_json(prefill_selection, prefill.config);
+    fits = fits && prefill_selection.backend != nullptr;
   }
-  for (const auto& [name, reasons] : selection.rejected) {
-    fmt::print("rejected    {}\n", name);
-    for (const std::string& reason : reasons) fmt::print("            - {}\n", reason);
+  if (prints) {
+    print_selection(selection, describe(config), [](const std::string&) { return std::string(); });
+    if (has_prefill(config)) print_mla_prefill(prefill_selection, prefill.config);
   }
+  write_json(result, options.json_path);
+  if (!fits) throw Exit{kCheckFailed};
 }
 
 void add_options(CLI::App& command, SelectOptions& o) {
@@ -91,9 +115,11 @@ void add_options(CLI::App& command, SelectOptions& o) {
   command.add_option("--platform", o.platform, "cpu, cuda:MAJOR.MINOR or rocm:ARCH")
       ->type_name("P")
       ->capture_default_str();
-  command.add_option("--head-size", c.head_size, "Elements of one head")
-      ->type_name("N")
-      ->capture_default_str();
+  command
+      .add_option("--head-size", o.head_size,
+                  fmt::format("Elements of one head; unset = {}, with --mla those of a cache row",
+                              kDefaultHeadSize))
+      ->type_name("N");
   command.add_option("--dtype", o.dtype, "Type of queries, keys and values: f32, f16 or bf16")
       ->type_name("D")
       ->capture_default_str();
@@ -112,7 +138,7 @@ void add_options(CLI::App& command, SelectOptions& o) {
   command.add_option("--backend", o.backend, "Ask for this one only, e.g. FLASH_ATTN")
       ->type_name("NAME")
       ->capture_default_str();
-  command.add_flag("--mla", c.use_mla, "Multi-head latent attention");
+  CLI::Option* mla = command.add_flag("--mla", c.use_mla, "Multi-head latent attention");
   command.add_flag("--sparse", c.use_sparse, "Attend to indexed keys only");
   command.add_flag("--sink", c.has_sink, "The model has attention sinks");
   command.add_flag("--alibi-sqrt", c.use_alibi_sqrt, "ALiBi by the square root of the distance");
@@ -123,6 +149,7 @@ void add_options(CLI::App& command, SelectOptions& o) {
                    "The quantised cache has one scale a head");
   command.add_flag("--mm-prefix", c.use_mm_prefix, "Image tokens of a prompt see each other");
   command.add_flag("--kv-connector", c.use_kv_connector, "Cache blocks move between engines");
+  add_mla_prefill_options(command, *mla, o.prefill);
   add_json_option(command, o.json_path);
 }
 
@@ -130,28 +157,20 @@ void add_options(CLI::App& command, SelectOptions& o) {
 
 void add_select(CLI::App& app) {
   auto options = std::make_shared<SelectOptions>();
-  options->config.head_size = 128;
   CLI::App* command =
       app.add_subcommand("select", "Say which back end serves a configuration, and why");
   command->footer(
       "Every back end is asked; the first of the platform's priority list without a reason "
       "against\n"
       "it is the choice. The platform need not be this machine. Exit code 0: something fits, 1:\n"
-      "nothing does, 2: wrong usage. docs/selection.md explains the reasons.\n\n"
+      "nothing does, 2: wrong usage. With --mla there are two choices: the back end and what it\n"
+      "runs prefill with. docs/selection.md explains the reasons.\n\n"
       "Examples:\n"
       "  attend select --head-size 128 --dtype bf16\n"
-      "  attend select --platform cuda:9.0 --head-size 576 --mla --json -\n"
+      "  attend select --platform cuda:9.0 --mla --json -\n"
       "  attend select --platform rocm:gfx942 --backend FLASH_ATTN");
   add_options(*command, *options);
-  command->callback([options] {
-    const AttentionConfig config = parse(*options);
-    const Selection selection = options->backend == "auto"
-                                    ? select_backend(config)
-                                    : select_backend(config, options->backend);
-    if (options->json_path != "-") print(selection, config);
-    write_json(as_json(selection, config), options->json_path);
-    if (selection.backend == nullptr) throw Exit{kCheckFailed};
-  });
+  command->callback([options] { run(*options); });
 }
 
 }  // namespace attend::cli

@@ -4,31 +4,16 @@
 #include <fmt/format.h>
 
 #include <algorithm>
-#include <cstddef>
+#include <utility>
 
 #include "attend/backend/backend.h"
 #include "backends/common/kv_cache_dtype.h"
+#include "backends/common/reasons.h"
 
 namespace attend {
 namespace {
 
 using Reasons = std::vector<std::string>;
-
-template <typename T>
-bool contains(const std::vector<T>& values, const T& value) {
-  return std::find(values.begin(), values.end(), value) != values.end();
-}
-
-/// "a, b or c"
-template <typename T, typename Name>
-std::string one_of(const std::vector<T>& values, Name name) {
-  std::string text;
-  for (std::size_t i = 0; i < values.size(); ++i) {
-    if (i > 0) text += i + 1 == values.size() ? " or " : ", ";
-    text += fmt::format("{}", name(values[i]));
-  }
-  return text;
-}
 
 void check_head_size(const Capability& can, const AttentionConfig& c, Reasons& reasons) {
   const bool fits_rules = c.head_size > 0 && c.head_size % can.head_size_multiple == 0 &&
@@ -43,20 +28,6 @@ void check_head_size(const Capability& can, const AttentionConfig& c, Reasons& r
     rule = fmt::format("a multiple of {}, at most {}", can.head_size_multiple, can.max_head_size);
   }
   reasons.push_back(fmt::format("head_size not supported: {} (must be {})", c.head_size, rule));
-}
-
-void check_dtype(const Capability& can, const AttentionConfig& c, Reasons& reasons) {
-  std::vector<DType> served = can.dtypes;
-  const bool on_cpu = c.platform.type == DeviceType::cpu;
-  if (!on_cpu) {
-    std::erase_if(served, [&](DType t) { return contains(can.cpu_only_dtypes, t); });
-  }
-  if (can.dtypes.empty() || contains(served, c.dtype)) return;
-  const bool cpu_would_do = !on_cpu && contains(can.dtypes, c.dtype);
-  reasons.push_back(
-      fmt::format("dtype not supported: {}{} (must be {})", to_string(c.dtype),
-                  cpu_would_do ? fmt::format(" on {}", to_string(c.platform)) : std::string(),
-                  one_of(served, [](DType t) { return to_string(t); })));
 }
 
 void check_kv_cache_dtype(const Capability& can, const AttentionConfig& c, Reasons& reasons) {
@@ -80,14 +51,6 @@ void check_block_size(const Capability& can, const AttentionConfig& c, Reasons& 
   reasons.push_back(fmt::format("block_size not supported: {} (must be {})", size, rule));
 }
 
-void check_compute_capability(const Capability& can, const AttentionConfig& c, Reasons& reasons) {
-  const Platform& p = c.platform;
-  if (p.type != DeviceType::cuda || p.capability() >= can.min_cuda_capability) return;
-  reasons.push_back(fmt::format("compute capability not supported: {}.{} (must be at least {}.{})",
-                                p.capability_major, p.capability_minor,
-                                can.min_cuda_capability / 10, can.min_cuda_capability % 10));
-}
-
 void check_attn_type(const Capability& can, const AttentionConfig& c, Reasons& reasons) {
   if (contains(can.attn_types, c.attn_type)) return;
   reasons.push_back(
@@ -100,11 +63,14 @@ void check_attn_type(const Capability& can, const AttentionConfig& c, Reasons& r
 std::vector<std::string> Backend::validate_configuration(const AttentionConfig& c) const {
   const Capability& can = capability();
   Reasons reasons;
+  const auto add = [&](std::optional<std::string> reason) {
+    if (reason) reasons.push_back(*std::move(reason));
+  };
   const auto refuse_if = [&](bool refused, std::string_view reason) {
     if (refused) reasons.emplace_back(reason);
   };
   check_head_size(can, c, reasons);
-  check_dtype(can, c, reasons);
+  add(dtype_reason(can.dtypes, can.cpu_only_dtypes, c.dtype, c.platform));
   check_kv_cache_dtype(can, c, reasons);
   check_block_size(can, c, reasons);
   refuse_if(c.use_mm_prefix && !can.supports_mm_prefix,
@@ -117,14 +83,12 @@ std::vector<std::string> Backend::validate_configuration(const AttentionConfig& 
   refuse_if(!c.use_sparse && can.is_sparse, "non-sparse not supported");
   refuse_if(c.use_per_head_quant_scales && !can.supports_per_head_quant_scales,
             "per-head quant scales not supported");
-  check_compute_capability(can, c, reasons);
+  add(cuda_capability_reason(can.min_cuda_capability, c.platform));
   check_attn_type(can, c, reasons);
   refuse_if(c.use_non_causal && !can.supports_non_causal, "non-causal attention not supported");
   refuse_if(c.batch_invariant && !can.supports_batch_invariance, "batch invariance not supported");
   refuse_if(c.use_kv_connector && !can.supports_kv_connector, "KV connector not supported");
-  if (std::optional<std::string> reason = supports_combination(c)) {
-    reasons.push_back(*std::move(reason));
-  }
+  add(supports_combination(c));
   return reasons;
 }
 
