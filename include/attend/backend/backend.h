@@ -85,17 +85,23 @@ enum class GraphSupport : std::uint8_t {
 /// What an MLA back end's builder needs besides the cache.
 struct MlaBuilderConfig {
   MlaDims dims;
+  DType dtype = DType::bf16;  ///< of the layers
   /// Prefill back end by name, or "auto": select_mla_prefill() on `platform`. The layers' impls
   /// must be made with the same one.
   std::string prefill_backend = "auto";
   Platform platform;
-  // Size of the workspace that context is gathered into, see mla_workspace_tokens().
+  // Keys and values of a context are made of so many tokens at a time: mla_workspace_tokens().
   std::int64_t max_model_len = 0;  ///< tokens of the longest request, >= 1
   int max_num_seqs = 0;            ///< requests of the largest batch, >= 1
-  /// Tokens of that workspace, at least one block; 0 = mla_workspace_tokens().
+  /// In the place of that number; a piece of kPieceSize keys and a block at least. 0 = off.
   std::int64_t workspace_tokens = 0;
-  /// Longest query (inclusive) that takes the decode path; 0 = the back end's default.
+  /// Longest query (inclusive) that takes the decode path; 0 = kMlaDecodeThreshold, or one token
+  /// and the speculative ones if that is more.
   int decode_threshold = 0;
+  /// false: tokens of a prompt (CommonMetadata::is_prefilling, then required) take the prefill path
+  /// however few there are in a step. A prompt's rows have the same bits then however it is cut.
+  bool short_extends_decode = true;
+  bool quant_output = false;  ///< layers may be called with outputs in fp8_e4m3
 };
 
 /// What a builder is made for: one group of layers with the same cache.

@@ -11,6 +11,7 @@
 #include "attend/ops/attention.h"
 #include "attend/ops/cache.h"
 #include "attend/ops/int8_cache.h"
+#include "backends/common/profiling_output.h"
 #include "backends/flash_attn/flash_attn.h"
 #include "backends/flash_attn/impl_config.h"
 #include "backends/flash_attn/int8_layer.h"
@@ -21,19 +22,6 @@ namespace attend::flash_attn {
 namespace {
 
 constexpr std::string_view kForwardOp = "FLASH_ATTN.forward";
-
-/// Fills every row with what a row without keys gives. Runs once per layer at start-up.
-void fill_profiling_output(const TensorView& output, const TensorView& lse) {
-  const auto row_bytes = static_cast<std::size_t>(output.shape[2]) * size_of(output.dtype);
-  for (std::int64_t t = 0; t < output.shape[0]; ++t) {
-    for (std::int64_t h = 0; h < output.shape[1]; ++h) {
-      std::memset(output.select(0, t).select(0, h).data, 0, row_bytes);
-      if (lse.defined()) {
-        *lse.select(0, t).select(0, h).as<float>() = -std::numeric_limits<float>::infinity();
-      }
-    }
-  }
-}
 
 class FlashAttnImpl final : public Impl {
  public:

@@ -55,6 +55,7 @@ struct Decoder {
 template <>
 struct Decoder<DsMlaByte> {
   Decoder<fp8_e4m3> codes;
+  ATTEND_INLINE Decoder() : codes() {}
   ATTEND_INLINE void decode(const DsMlaByte* row, int /*n*/, bf16* to) const {
     const std::uint8_t* bytes = &row->bits;
     for (int tile = 0; tile < fp8_ds_mla::kTiles; ++tile, to += fp8_ds_mla::kTile) {
