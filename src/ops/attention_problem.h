@@ -87,6 +87,10 @@ cpu::AttentionProblem base_problem(const AttentionParams& params, const Attentio
 void place_rows(cpu::AttentionProblem& problem, const ConstTensorView& q, const TensorView& out,
                 const TensorView& lse);
 
+/// Where the rows of a latent cache lie, [num_blocks, block_size, E or bytes].
+void place_latents(cpu::AttentionProblem& problem, const ConstTensorView& cache,
+                   const ConstTensorView& block_table);
+
 /// Runs all units, then all reductions. @pre everything above passed.
 void run_plan(const cpu::AttentionProblem& problem, const AttentionPlan& plan, Workspace workspace,
               Executor& executor);

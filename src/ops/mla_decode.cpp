@@ -121,20 +121,25 @@ void check_planned(const MlaDecodeArgs& a, const AttentionPlan& plan, Workspace 
 
 cpu::AttentionProblem make_problem(const MlaDecodeArgs& a, const AttentionPlan& plan) {
   cpu::AttentionProblem p = ops::base_problem(a.params, plan, a.q.dtype);
-  p.k_dtype = p.v_dtype = a.kv_cache.dtype;
   if (a.kv_scale.defined()) p.k_descale = p.v_descale = {a.kv_scale.as<float>(), 0, 0};
   ops::place_rows(p, a.q, a.out, a.lse);
-  p.k = p.v = a.kv_cache.data;
-  p.values_in_keys = true;
-  p.block_table = a.block_table.as<std::int32_t>();
-  p.block_table_stride = a.block_table.strides[0];
-  p.block_size = static_cast<int>(a.kv_cache.shape[1]);
-  // All groups of heads have the same keys.
-  p.k_strides = p.v_strides = {a.kv_cache.strides[0], a.kv_cache.strides[1], 0};
+  ops::place_latents(p, a.kv_cache, a.block_table);
   return p;
 }
 
 }  // namespace
+
+void ops::place_latents(cpu::AttentionProblem& p, const ConstTensorView& cache,
+                        const ConstTensorView& block_table) {
+  p.k_dtype = p.v_dtype = cache.dtype;
+  p.k = p.v = cache.data;
+  p.values_in_keys = true;
+  p.block_table = block_table.as<std::int32_t>();
+  p.block_table_stride = block_table.strides[0];
+  p.block_size = static_cast<int>(cache.shape[1]);
+  // All groups of heads have the same keys.
+  p.k_strides = p.v_strides = {cache.strides[0], cache.strides[1], 0};
+}
 
 int mla_head_groups(int num_heads, int num_reqs, int num_workers) noexcept {
   int groups = 1;

@@ -1,0 +1,59 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+#include <optional>
+
+#include "attend/core/executor.h"
+#include "attend/core/tensor_view.h"
+#include "attend/ops/kernel_options.h"
+
+/// Dense decode of latent attention with the arguments, layouts and conventions of FlashMLA, and
+/// its schedule. mla_decode() does the same for ragged batches in the conventions of this library.
+namespace attend {
+
+/// Arguments of get_mla_metadata. B requests.
+struct GetMlaMetadataArgs {
+  ConstTensorView cache_seqlens;  ///< i32 [B], contiguous, B >= 1, each >= 0: keys of a request
+  /// i32 [parts, 8], contiguous, parts >= 1, see mla_num_sm_parts(). A row: first request, its
+  /// first block, last request (inclusive), its last block (exclusive), number of the split that
+  /// the part begins with, three zeros. Blocks are of 64 keys.
+  TensorView tile_scheduler_metadata;
+  TensorView num_splits;  ///< i32 [B + 1], contiguous: prefix sum of the splits of each request
+};
+
+/// Rows of tile_scheduler_metadata for so many processors: FlashMLA's number for SM90, half of them
+/// over the tiles of 128 query rows, at least 1.
+/// @pre All >= 1, num_heads_k divides num_heads_q.
+int mla_num_sm_parts(int num_processors, int num_heads_q, int num_heads_k,
+                     int num_q_tokens) noexcept;
+
+/// Cuts the blocks of all requests into parts of equal cost, a request costing 5 blocks more than
+/// it has. Definition: FlashMLA's get_mla_metadata as of its SM90 kernels for one key head.
+/// @throws InvalidArgument, before anything is written.
+void get_mla_metadata(const GetMlaMetadataArgs& args);
+
+/// Arguments of flash_mla_with_kvcache. Sq query tokens of each of B requests.
+struct FlashMlaWithKvCacheArgs {
+  ConstTensorView q;  ///< [B, Sq, H, D], B >= 1; last dimension stride 1
+  /// [num_blocks, 64, 1, D] of q's dtype (f32, f16, bf16); with is_fp8_kvcache u8 [num_blocks, 64,
+  /// 1, 656], fp8_ds_mla rows, and q is bf16 with D = 576. Last dimension stride 1.
+  ConstTensorView k_cache;
+  ConstTensorView block_table;    ///< i32 [B, max_blocks], stride 1 in the last dimension
+  ConstTensorView cache_seqlens;  ///< i32 [B], contiguous: keys, those of the Sq tokens included
+  int head_dim_v = 512;           ///< the first elements of a key that are its value
+  /// As get_mla_metadata() wrote them for cache_seqlens; those of other lengths are refused. Both
+  /// or neither. The kernels have a schedule of their own: these do not change any bit.
+  ConstTensorView tile_scheduler_metadata, num_splits;
+  /// Unset = 1 / sqrt(D). A model's scale is that of its heads before absorption.
+  std::optional<float> softmax_scale;
+  bool causal = false;  ///< bottom-right: token i sees keys up to cache_seqlens - Sq + i
+  bool is_fp8_kvcache = false;
+  TensorView out;  ///< [B, Sq, H, head_dim_v], dtype of q; last dimension stride 1
+  TensorView lse;  ///< f32 [B, H, Sq], natural log; +infinity for a row without keys (its out is 0)
+};
+
+/// Attends. @throws InvalidArgument; Unsupported for a level or an arithmetic that there is not.
+/// Both before anything is written.
+void flash_mla_with_kvcache(const FlashMlaWithKvCacheArgs& args, Executor* executor = nullptr,
+                            const KernelOptions& kernels = {});
+
+}  // namespace attend
