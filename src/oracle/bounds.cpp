@@ -12,9 +12,6 @@
 namespace attend::oracle {
 namespace {
 
-/// First-order propagation counts each error once; the factor covers the higher orders.
-constexpr double kSafety = 2.0;
-
 double num_pieces(const RowResult& r) {
   return static_cast<double>(r.visible_keys / kPieceSize + 2);
 }
@@ -26,13 +23,12 @@ double logit_error(const RowResult& r, int head_dim_qk) {
   return error;
 }
 
-/// Relative error of adding the weights, or of adding weight times value.
+}  // namespace
+
 double sum_error(const RowResult& r) {
   const auto terms = static_cast<double>(std::min<std::int64_t>(r.visible_keys, kPieceSize));
   return (terms + 1 + 2 * num_pieces(r)) * kUnit;
 }
-
-}  // namespace
 
 double weight_error(const RowResult& r, int head_dim_qk) {
   const double largest_logit =
@@ -53,8 +49,7 @@ double rounding_error(DType dtype, double magnitude) {
 
 bool splits_weights(DType values) noexcept { return size_of(values) == 1 || values == DType::bf16; }
 
-double out_error_bound(const RowResult& r, int d, int head_dim_qk, DType out_dtype) {
-  if (r.visible_keys == 0) return 0.0;
+double computed_error(const RowResult& r, int d, int head_dim_qk) {
   const double out = std::abs(r.out[static_cast<std::size_t>(d)]);
   const double abs_out = r.abs_out[static_cast<std::size_t>(d)];
   const double relative = weight_error(r, head_dim_qk) + sum_error(r);
@@ -64,6 +59,13 @@ double out_error_bound(const RowResult& r, int d, int head_dim_qk, DType out_dty
   if (!r.doubtful_abs_out.empty()) {
     computed += r.doubtful_abs_out[static_cast<std::size_t>(d)] + r.doubtful_weight * out;
   }
+  return computed;
+}
+
+double out_error_bound(const RowResult& r, int d, int head_dim_qk, DType out_dtype) {
+  if (r.visible_keys == 0) return 0.0;
+  const double computed = computed_error(r, d, head_dim_qk);
+  const double out = std::abs(r.out[static_cast<std::size_t>(d)]);
   return computed + rounding_error(out_dtype, out + computed);
 }
 
