@@ -16,11 +16,13 @@ AttentionProblem::AttentionProblem(AttentionShape shape, Executor& executor)
       batch_(make_batch(s_.requests, s_.block_size, s_.shared_keys)),
       executor_(executor),
       q_count_(std::int64_t{batch_.query_start.back()} * s_.heads.query * s_.heads.dim),
-      kv_count_(batch_.num_rows * s_.heads.kv * s_.heads.dim),
+      k_count_(batch_.num_rows * s_.heads.kv * s_.heads.dim),
+      v_count_(batch_.num_rows * s_.heads.kv * s_.heads.value_dim()),
       q_(static_cast<std::size_t>(q_count_) * size_of(s_.dtype)),
-      out_(q_.size()),
-      k_(static_cast<std::size_t>(kv_count_) * size_of(s_.kv_dtype), {.executor = &executor}),
-      v_(k_.size(), {.executor = &executor}) {
+      out_(q_.size() / static_cast<std::size_t>(s_.heads.dim) *
+           static_cast<std::size_t>(s_.heads.value_dim())),
+      k_(static_cast<std::size_t>(k_count_) * size_of(s_.kv_dtype), {.executor = &executor}),
+      v_(static_cast<std::size_t>(v_count_) * size_of(s_.kv_dtype), {.executor = &executor}) {
   fill();
   if (s_.layout == Layout::nhd) {
     kvcache_ = kvcache_args();
@@ -37,18 +39,18 @@ void AttentionProblem::fill() {
                   seed);
     };
     fill_part(q_, s_.dtype, q_count_, 1);
-    fill_part(k_, s_.kv_dtype, kv_count_, 2);
-    fill_part(v_, s_.kv_dtype, kv_count_, 3);
+    fill_part(k_, s_.kv_dtype, k_count_, 2);
+    fill_part(v_, s_.kv_dtype, v_count_, 3);
   });
 }
 
-/// The cache as [num_blocks, block_size, Hkv, D].
-TensorView AttentionProblem::blocks(const CacheMemory& cache) const {
+/// The cache as [num_blocks, block_size, Hkv, dim].
+TensorView AttentionProblem::blocks(const CacheMemory& cache, int dim) const {
   const std::int64_t count = batch_.num_rows / s_.block_size;
   if (s_.layout == Layout::nhd)
-    return {cache.data(), s_.kv_dtype, {count, s_.block_size, s_.heads.kv, s_.heads.dim}};
-  return TensorView{cache.data(), s_.kv_dtype, {count, s_.heads.kv, s_.block_size, s_.heads.dim}}
-      .permute({0, 2, 1, 3});
+    return {cache.data(), s_.kv_dtype, {count, s_.block_size, s_.heads.kv, dim}};
+  return TensorView{cache.data(), s_.kv_dtype, {count, s_.heads.kv, s_.block_size, dim}}.permute(
+      {0, 2, 1, 3});
 }
 
 AttentionProblem::Call AttentionProblem::make_call(int begin, int end) const {
@@ -57,22 +59,21 @@ AttentionProblem::Call AttentionProblem::make_call(int begin, int end) const {
   const auto first = static_cast<std::size_t>(begin), last = static_cast<std::size_t>(end);
   const std::int64_t token = batch_.query_start[first];
   const std::int64_t tokens = batch_.query_start[last] - token;
-  const auto rows = [&](const Buffer& b) {
-    auto* data =
-        static_cast<std::byte*>(b.data()) +
-        token * s_.heads.query * s_.heads.dim * static_cast<std::int64_t>(size_of(s_.dtype));
-    return TensorView{data, s_.dtype, {tokens, s_.heads.query, s_.heads.dim}};
+  const auto rows = [&](const Buffer& b, int dim) {
+    auto* data = static_cast<std::byte*>(b.data()) +
+                 token * s_.heads.query * dim * static_cast<std::int64_t>(size_of(s_.dtype));
+    return TensorView{data, s_.dtype, {tokens, s_.heads.query, dim}};
   };
-  args.q = rows(q_);
-  args.out = rows(out_);
+  args.q = rows(q_, s_.heads.dim);
+  args.out = rows(out_, s_.heads.value_dim());
   args.params.causal = true;
   args.params.window_left = s_.window_left;
   if (s_.layout == Layout::ragged) {
     args.k = {k_.data(), s_.kv_dtype, {batch_.num_rows, s_.heads.kv, s_.heads.dim}};
-    args.v = {v_.data(), s_.kv_dtype, {batch_.num_rows, s_.heads.kv, s_.heads.dim}};
+    args.v = {v_.data(), s_.kv_dtype, {batch_.num_rows, s_.heads.kv, s_.heads.value_dim()}};
   } else {
-    args.k = blocks(k_);
-    args.v = blocks(v_);
+    args.k = blocks(k_, s_.heads.dim);
+    args.v = blocks(v_, s_.heads.value_dim());
     args.block_table = batch_.table_view(begin, end);
   }
 
@@ -102,8 +103,8 @@ FlashAttnWithKvCacheArgs AttentionProblem::kvcache_args() const {
   };
   args.q = rows(q_);
   args.out = rows(out_);
-  args.k_cache = blocks(k_);
-  args.v_cache = blocks(v_);
+  args.k_cache = blocks(k_, s_.heads.dim);
+  args.v_cache = blocks(v_, s_.heads.value_dim());
   args.cache_seqlens = {batch_.seq_lens.data(), DType::i32, {reqs}};
   args.block_table = batch_.table_view(0, reqs);
   args.params.causal = true;
@@ -120,12 +121,13 @@ void AttentionProblem::run() {
 }
 
 double AttentionProblem::flops_of(int begin, int end) const {
-  return 4.0 * batch_.pairs(s_.window_left, begin, end) * s_.heads.dim * s_.heads.query;
+  return 2.0 * batch_.pairs(s_.window_left, begin, end) * (s_.heads.dim + s_.heads.value_dim()) *
+         s_.heads.query;
 }
 
 double AttentionProblem::bytes_of(int begin, int end) const {
-  return 2.0 * static_cast<double>(batch_.visible_keys(s_.window_left, begin, end)) * s_.heads.kv *
-         s_.heads.dim * static_cast<double>(size_of(s_.kv_dtype));
+  return static_cast<double>(batch_.visible_keys(s_.window_left, begin, end)) * s_.heads.kv *
+         (s_.heads.dim + s_.heads.value_dim()) * static_cast<double>(size_of(s_.kv_dtype));
 }
 
 double AttentionProblem::bytes() const {
@@ -163,26 +165,29 @@ std::string AttentionProblem::verify() const {
   return "";
 }
 
-float AttentionProblem::kv_value(const CacheMemory& cache, int kv_head, std::int64_t row,
-                                 int d) const {
+std::int64_t AttentionProblem::kv_row(int kv_head, std::int64_t row, int dim) const {
   std::int64_t at = row * s_.heads.kv + kv_head;
   if (s_.layout == Layout::hnd)
     at = (row / s_.block_size * s_.heads.kv + kv_head) * s_.block_size + row % s_.block_size;
-  return value_at(cache.data(), s_.kv_dtype, at * s_.heads.dim + d);
+  return at * dim;
 }
 
 std::string AttentionProblem::verify_row(const Row& row) const {
   const std::int64_t token = batch_.query_start[static_cast<std::size_t>(row.request)] + row.token;
-  const std::int64_t at = (token * s_.heads.query + row.head) * s_.heads.dim;
+  const std::int64_t at_row = token * s_.heads.query + row.head;
   const int kv_head = row.head / s_.heads.group();
   oracle::RowProblem p = row_problem(batch_, s_.heads, row);
   p.window_left = s_.window_left;
   p.split_weights = s_.arithmetic != Arithmetic::exact && oracle::splits_weights(s_.kv_dtype);
-  p.q = [&](int d) { return value_at(q_.data(), s_.dtype, at + d); };
-  p.k = [&](std::int64_t j, int d) { return kv_value(k_, kv_head, batch_.row(row.request, j), d); };
-  p.v = [&](std::int64_t j, int d) { return kv_value(v_, kv_head, batch_.row(row.request, j), d); };
+  p.q = [&](int d) { return value_at(q_.data(), s_.dtype, at_row * s_.heads.dim + d); };
+  const auto kv_value = [&](const CacheMemory& cache, std::int64_t j, int d, int dim) {
+    return value_at(cache.data(), s_.kv_dtype,
+                    kv_row(kv_head, batch_.row(row.request, j), dim) + d);
+  };
+  p.k = [&](std::int64_t j, int d) { return kv_value(k_, j, d, s_.heads.dim); };
+  p.v = [&](std::int64_t j, int d) { return kv_value(v_, j, d, s_.heads.value_dim()); };
   const auto* out = static_cast<const std::byte*>(out_.data()) +
-                    at * static_cast<std::int64_t>(size_of(s_.dtype));
+                    at_row * s_.heads.value_dim() * static_cast<std::int64_t>(size_of(s_.dtype));
   return compare_row(p, row, out, s_.dtype);
 }
 

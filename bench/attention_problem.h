@@ -59,16 +59,17 @@ class AttentionProblem : public Problem {
   void fill();
   Call make_call(int begin, int end) const;
   FlashAttnWithKvCacheArgs kvcache_args() const;
-  TensorView blocks(const CacheMemory& cache) const;
+  TensorView blocks(const CacheMemory& cache, int dim) const;
   double flops_of(int begin, int end) const;
   double bytes_of(int begin, int end) const;
   std::string verify_row(const Row& row) const;
-  float kv_value(const CacheMemory& cache, int kv_head, std::int64_t row, int d) const;
+  /// Index of the first element of a row in a cache of heads of `dim` elements.
+  std::int64_t kv_row(int kv_head, std::int64_t row, int dim) const;
 
   AttentionShape s_;
   Batch batch_;
   Executor& executor_;
-  std::int64_t q_count_, kv_count_;  ///< elements
+  std::int64_t q_count_, k_count_, v_count_;  ///< elements
   Buffer q_, out_;
   CacheMemory k_, v_;
   Call whole_;

@@ -102,7 +102,8 @@ AttentionPlanInput plan_input(const Batch& batch, const Heads& heads, const Exec
   in.seq_lens = batch.seq_lens;
   in.num_q_heads = heads.query;
   in.num_kv_heads = heads.kv;
-  in.head_dim_qk = in.head_dim_v = heads.dim;
+  in.head_dim_qk = heads.dim;
+  in.head_dim_v = heads.value_dim();
   in.num_workers = executor.num_workers();
   return in;
 }
@@ -130,7 +131,8 @@ std::vector<Row> sample_rows(const Batch& batch, int num_q_heads) {
 
 oracle::RowProblem row_problem(const Batch& batch, const Heads& heads, const Row& row) {
   oracle::RowProblem p;
-  p.head_dim_qk = p.head_dim_v = heads.dim;
+  p.head_dim_qk = heads.dim;
+  p.head_dim_v = heads.value_dim();
   p.num_keys = batch.seq_lens[static_cast<std::size_t>(row.request)];
   p.position = row.token + p.num_keys - batch.query_len(row.request);
   p.scale = 1.0 / std::sqrt(static_cast<double>(heads.dim));

@@ -22,10 +22,12 @@ struct Request {
 /// `count` requests alike.
 std::vector<Request> requests(int count, int query_len, int seq_len);
 
-/// Query heads, kv heads and head size.
+/// Query heads, kv heads and head sizes.
 struct Heads {
   int query = 32, kv = 8, dim = 128;
+  int dim_v = 0;  ///< of values; 0 = dim
   int group() const noexcept { return query / kv; }
+  int value_dim() const noexcept { return dim_v == 0 ? dim : dim_v; }
 };
 
 /// Requests one after the other, and where their keys lie.
