@@ -78,7 +78,8 @@ class MlaDecodeProblem : public Problem {
  private:
   std::int64_t rows() const { return std::int64_t{batch_.query_start.back()} * s_.heads; }
   TensorView cache_view() const {
-    return {cache_.data(), s_.stored, {batch_.num_rows / kBlockSize, kBlockSize, s_.row_elements()}};
+    return {
+        cache_.data(), s_.stored, {batch_.num_rows / kBlockSize, kBlockSize, s_.row_elements()}};
   }
   /// A latent is as large as a rope value; those of fp8_ds_mla go through the op that writes them.
   void fill_cache() {

@@ -12,6 +12,7 @@
 
 #include "attend/backend/selector.h"
 #include "attend/cache/fp8_ds_mla.h"
+#include "attend/core/float_types.h"
 #include "attend/ops/mla_weights.h"
 #include "attend/oracle/mla.h"
 #include "attend/oracle/quantize.h"

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "attend/cache/fp8_ds_mla.h"
+#include "attend/core/float_types.h"
 #include "attend/ops/mla.h"
 #include "attend/oracle/mla_decode.h"
 #include "attend/oracle/quantize.h"
