@@ -42,22 +42,23 @@ inline void encode_latent(const bf16* x, std::uint8_t* row) noexcept {
   }
 }
 
-/// to_bf16, except that every NaN becomes the same one.
-inline bf16 round_known(float x) noexcept {
+/// Bits of to_bf16, except that every NaN becomes the same one.
+inline std::uint16_t bf16_bits(float x) noexcept {
   const auto bits = std::bit_cast<std::uint32_t>(x);
   const std::uint32_t rounded = (bits + 0x7FFFU + ((bits >> 16) & 1U)) >> 16;
   const bool nan = (bits & 0x7FFFFFFFU) > 0x7F800000U;
-  return {static_cast<std::uint16_t>(nan ? kBf16Nan : rounded)};
+  return static_cast<std::uint16_t>(nan ? kBf16Nan : rounded);
 }
 
-/// The 512 latent elements of a row. `values` has the value of each e4m3 code.
-inline void decode_latent(const float* values, const std::uint8_t* row, bf16* out) noexcept {
+/// The 512 latent elements of a row, as bits of bf16. `values` has the value of each e4m3 code.
+inline void decode_latent(const float* values, const std::uint8_t* row,
+                          std::uint16_t* out) noexcept {
   for (int t = 0; t < kTiles; ++t) {
     float scale;
     std::memcpy(&scale, row + kScalesAt + 4 * t, sizeof scale);
     float looked_up[kTile];
     for (int i = 0; i < kTile; ++i) looked_up[i] = values[row[t * kTile + i]];
-    for (int i = 0; i < kTile; ++i) out[t * kTile + i] = round_known(looked_up[i] * scale);
+    for (int i = 0; i < kTile; ++i) out[t * kTile + i] = bf16_bits(looked_up[i] * scale);
   }
 }
 

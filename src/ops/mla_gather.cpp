@@ -208,13 +208,21 @@ template <typename T>
 void decode_ds(const Gather& g, Executor* executor) {
   const std::array<float, 256> values = values_of_codes(DType::fp8_e4m3, 1.0F);
   decode_rows<T>(g, executor, [&](T* to, const std::uint8_t* row) {
-    std::array<bf16, fp8_ds_mla::kDim> elements;
-    fp8_ds_mla::decode_latent(values.data(), row, elements.data());
-    std::memcpy(&elements[fp8_ds_mla::kLatent], row + fp8_ds_mla::kRopeAt, 2 * fp8_ds_mla::kRope);
+    const std::uint8_t* rope = row + fp8_ds_mla::kRopeAt;
+    // A row of bf16 is made in place: the dead-store pass of GCC 12 loses the rope part of one that
+    // is put together on the stack and then copied.
     if constexpr (std::is_same_v<T, bf16>) {
-      std::memcpy(to, elements.data(), sizeof elements);
+      fp8_ds_mla::decode_latent(values.data(), row, reinterpret_cast<std::uint16_t*>(to));
+      std::memcpy(to + fp8_ds_mla::kLatent, rope, 2 * fp8_ds_mla::kRope);
     } else {
-      for (std::size_t d = 0; d < elements.size(); ++d) to[d] = from_f32<T>(to_f32(elements[d]));
+      std::array<std::uint16_t, fp8_ds_mla::kLatent> latent;
+      fp8_ds_mla::decode_latent(values.data(), row, latent.data());
+      for (const std::uint16_t bits : latent) *to++ = from_f32<T>(to_f32(bf16{bits}));
+      for (int i = 0; i < fp8_ds_mla::kRope; ++i) {
+        bf16 element;
+        std::memcpy(&element, rope + 2 * i, 2);
+        *to++ = from_f32<T>(to_f32(element));
+      }
     }
   });
 }

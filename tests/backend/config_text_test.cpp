@@ -46,12 +46,14 @@ TEST(KvCacheDtype, AutoIsTheComputeType) {
   const auto plain = [](DType t) { return StoredKv{t, KvFormat::plain}; };
   EXPECT_EQ(resolve_kv_cache_dtype("auto", DType::f16), plain(DType::f16));
   EXPECT_EQ(resolve_kv_cache_dtype("bf16", DType::f16), plain(DType::bf16));
-  EXPECT_EQ(resolve_kv_cache_dtype("fp8_ds_mla", DType::f16), std::nullopt);
+  EXPECT_EQ(resolve_kv_cache_dtype("nvfp4_ds_mla", DType::f16), std::nullopt);
 }
 
-TEST(KvCacheDtype, AFormatStoresInt8Codes) {
+TEST(KvCacheDtype, AFormatStoresCodesOrBytes) {
   EXPECT_EQ(resolve_kv_cache_dtype("int8_level2", DType::f16),
             (StoredKv{DType::i8, KvFormat::int8_level2}));
+  EXPECT_EQ(resolve_kv_cache_dtype("fp8_ds_mla", DType::bf16),
+            (StoredKv{DType::u8, KvFormat::fp8_ds_mla}));
   EXPECT_EQ(resolve_kv_cache_dtype("plain", DType::f16), std::nullopt);
 }
 

@@ -97,6 +97,7 @@ TEST(FlashAttnImpl, RefusesBadConfigsByName) {
       {"dtype", [](auto& c) { c.dtype = DType::i8; }},
       {"kv_cache_dtype", [](auto& c) { c.kv_cache_dtype = "f16"; }},
       {"kv_cache_dtype", [](auto& c) { c.kv_cache_dtype = "int8"; }},
+      {"kv_cache_dtype", [](auto& c) { c.kv_cache_dtype = "fp8_ds_mla"; }},
       {"kv_cache_dtype",
        [](auto& c) {
          c.kv_cache_dtype = "fp8";
@@ -168,6 +169,13 @@ TEST(FlashAttnBuilder, RefusesBadConfigsByName) {
       {"num_kv_heads", [](auto& c) { c.cache.num_kv_heads = 0; }},
       {"head_size", [](auto& c) { c.cache.head_size = 4; }},
       {"cache.dtype", [](auto& c) { c.cache.dtype = DType::i8; }},
+      {"cache.format",
+       [](auto& c) {
+         c.cache.format = KvFormat::fp8_ds_mla;
+         c.cache.dtype = DType::u8;
+         c.cache.num_kv_heads = 1;
+         c.cache.head_size = 576;
+       }},
       {"num_blocks", [](auto& c) { c.cache.num_blocks = 0; }},
       {"block_size", [](auto& c) { c.cache.block_size = 8; }},
       {"window_left", [](auto& c) { c.window_left = -2; }},

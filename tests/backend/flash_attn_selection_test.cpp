@@ -87,6 +87,14 @@ TEST(FlashAttnSelection, GivesAllReasonsInOrder) {
                   "sink not supported on compute capability < 9.0"));
 }
 
+TEST(FlashAttnSelection, LatentsAreRefusedByTheirFormatAlone) {
+  AttentionConfig config = plain_config();
+  config.kv_cache_dtype = "fp8_ds_mla";
+  EXPECT_THAT(reasons_against_flash_attn(select_backend(config)),
+              ElementsAre("kv_cache_dtype not supported: fp8_ds_mla (must be auto, f16, bf16, f32, "
+                          "fp8_e4m3, fp8_e5m2, int8_level1, int8_level2 or int8_per_token_head)"));
+}
+
 TEST(FlashAttnSelection, SinksAndSqrtAlibiAreSupported) {
   for (const char* platform : {"cpu", "cuda:9.0"}) {
     AttentionConfig config = plain_config(platform);

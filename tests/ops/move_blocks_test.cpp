@@ -5,6 +5,7 @@
 
 #include "attend/core/error.h"
 #include "attend/ops/cache.h"
+#include "attend/ops/mla_cache.h"
 #include "support/host_tensor.h"
 
 namespace attend {
@@ -116,6 +117,37 @@ TEST(CopyBlocksTest, NothingToDoIsNoError) {
   EXPECT_NO_THROW(copy_blocks({}, 0, moves));
 }
 
+// Rows of every size and type of MLA caches; a view with layers has gaps between its blocks.
+TEST(MlaBlocksTest, SwapAndCopyMoveWholeRows) {
+  Rng rng(8);
+  SCOPED_TRACE(rng.trace());
+  for (const auto& [dtype, dim] :
+       {std::pair(DType::u8, 656), std::pair(DType::fp8_e4m3, 576), std::pair(DType::bf16, 320)}) {
+    HostTensor layers(dtype, {5, 2, 4, dim}), swapped(dtype, {3, 4, dim});  // blocks, layers
+    for (const HostTensor* t : {&layers, &swapped}) {
+      for (std::size_t i = 0; i < t->bytes(); ++i)
+        t->view().as<unsigned char>()[i] = static_cast<unsigned char>(rng.next());
+    }
+    const auto before = layers.snapshot(), other = swapped.snapshot();
+    const std::size_t block = before.size() / 10;
+    const auto is = [&](const HostTensor& now, std::size_t at,
+                        const std::vector<unsigned char>& old, std::size_t from) {
+      const auto bytes = now.snapshot();
+      return std::equal(&bytes[at * block], &bytes[at * block] + block, &old[from * block]);
+    };
+    const std::vector<TensorView> caches = {layers.view().select(1, 0), layers.view().select(1, 1)};
+    copy_blocks_mla(caches, std::vector<BlockMove>{{1, 3}, {3, 0}});
+    for (const std::size_t layer : {0, 1}) {
+      for (const auto& [to, from] :
+           {std::pair<std::size_t, std::size_t>(0, 1), {1, 1}, {2, 2}, {3, 1}, {4, 4}})
+        EXPECT_TRUE(is(layers, 2 * to + layer, before, 2 * from + layer)) << to << " " << layer;
+    }
+    swap_blocks(caches[1], swapped, 0, std::vector<BlockMove>{{4, 1}});
+    EXPECT_TRUE(is(swapped, 1, before, 2 * 4 + 1));
+    for (const std::size_t kept : {0, 2}) EXPECT_TRUE(is(swapped, kept, other, kept));
+  }
+}
+
 class MoveBlocksErrorTest : public ::testing::Test {
  protected:
   static std::string blamed(const std::function<void()>& call) {
@@ -151,6 +183,20 @@ TEST_F(MoveBlocksErrorTest, IndicesOutOfRange) {
   const std::vector<TensorView> caches = {cache_, other_};  // the second has fewer blocks
   const std::vector<BlockMove> moves = {{0, 1}, {0, 3}};
   EXPECT_NE(blamed([&] { copy_blocks(caches, 0, moves); }), "nothing");
+  EXPECT_TRUE(nothing_written());
+}
+
+TEST_F(MoveBlocksErrorTest, MlaCachesAreNamedAndHaveThreeDimensions) {
+  const std::vector<TensorView> caches = {cache_};
+  const std::vector<BlockMove> moves = {{0, 1}, {0, 4}};
+  EXPECT_EQ(blamed([&] { copy_blocks_mla(caches, moves); }),
+            "[copy_blocks_mla] argument 'moves': expected 'to' blocks from 0 to 3, got 4 at index "
+            "1");
+  const std::vector<TensorView> heads = {TensorView(cache_.view().data, DType::bf16, {4, 2, 2, 4})};
+  EXPECT_EQ(blamed([&] { copy_blocks_mla(heads, {}); }).substr(0, 36),
+            "[copy_blocks_mla] argument 'caches':");
+  const std::vector<TensorView> same = {cache_, cache_};
+  EXPECT_NE(blamed([&] { copy_blocks_mla(same, {}); }), "nothing");
   EXPECT_TRUE(nothing_written());
 }
 

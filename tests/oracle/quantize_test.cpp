@@ -66,5 +66,47 @@ TEST(QuantizeOracleTest, Int8) {
   EXPECT_EQ(oracle::int8_code(5.0, std::numeric_limits<float>::quiet_NaN()), 0);
 }
 
+TEST(QuantizeOracleTest, RowsOfFp8DsMla) {
+  std::vector<double> latent(512, 0.0);
+  latent[0] = -448.0, latent[1] = 1.0, latent[128] = 1.0, latent[129] = kInf, latent[256] = -kNan;
+  latent[384] = 896.0, latent[385] = -3.0;
+  std::vector<std::uint16_t> rope(64, 0x3F80);
+  rope[63] = 0xC000;
+  std::vector<std::uint8_t> row(656, 0xAA);
+  oracle::fp8_ds_mla_encode(latent, rope, row);
+  const auto scale = [&](std::size_t tile) {
+    return std::vector<int>(row.begin() + 512 + 4 * static_cast<std::ptrdiff_t>(tile),
+                            row.begin() + 516 + 4 * static_cast<std::ptrdiff_t>(tile));
+  };
+  EXPECT_EQ(scale(0), (std::vector<int>{0, 0, 0x80, 0x3F}));
+  EXPECT_EQ(scale(1), (std::vector<int>{0x25, 0x49, 0x12, 0x3B}));  // 1 / 448
+  EXPECT_EQ(scale(2), (std::vector<int>{0, 0, 0x80, 0}));           // 2^-126
+  EXPECT_EQ(scale(3), (std::vector<int>{0, 0, 0, 0x40}));
+  for (const auto& [at, code] : std::vector<std::pair<std::size_t, int>>{{0, 0xFE},
+                                                                         {1, 0x38},
+                                                                         {2, 0},
+                                                                         {128, 0x7E},
+                                                                         {129, 0x7F},
+                                                                         {256, 0xFF},
+                                                                         {257, 0},
+                                                                         {384, 0x7E},
+                                                                         {385, 0xBC},
+                                                                         {528, 0x80},
+                                                                         {529, 0x3F},
+                                                                         {654, 0},
+                                                                         {655, 0xC0}})
+    EXPECT_EQ(row[at], code) << at;
+
+  std::vector<double> elements(576);
+  oracle::fp8_ds_mla_decode(row, elements);
+  EXPECT_EQ(elements[0], -448.0);
+  EXPECT_EQ(elements[128], 1.0) << "448 * float(1 / 448) rounds to it";
+  EXPECT_TRUE(std::isnan(elements[129]));
+  EXPECT_TRUE(std::isnan(elements[256]) && !std::signbit(elements[256]));
+  EXPECT_EQ(elements[385], -3.0);
+  EXPECT_EQ(elements[512], 1.0);
+  EXPECT_EQ(elements[575], -2.0);
+}
+
 }  // namespace
 }  // namespace attend

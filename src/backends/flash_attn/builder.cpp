@@ -24,10 +24,10 @@ constexpr int kMaxSpeculativeTokens = 1 << 20;
 
 void check_config(const BuilderConfig& c) {
   const auto at = [](std::string_view argument) { return check::Where{kMakeOp, argument}; };
-  check_heads(kMakeOp, c.num_q_heads, c.cache.num_kv_heads, c.cache.head_size);
   check::require(c.cache.format != KvFormat::fp8_ds_mla, at("cache.format"),
                  "plain or an int8 format: latents are for MLA back ends",
                  to_string(c.cache.format));
+  check_heads(kMakeOp, c.num_q_heads, c.cache.num_kv_heads, c.cache.head_size);
   const bool int8 = is_int8(c.cache.format) && c.cache.dtype == DType::i8;
   check::require(is_float_compute(c.cache.dtype) || is_fp8(c.cache.dtype) || int8,
                  at("cache.dtype"), "f32, f16, bf16, fp8_e4m3, fp8_e5m2, or i8 with an int8 format",
