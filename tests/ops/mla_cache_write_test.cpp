@@ -255,5 +255,20 @@ TEST(ConcatAndCacheMlaRopeFused, PairsElementsAsAsked) {
   }
 }
 
+// The cosine is no number of bf16: rounded first it would give 161 / 128.
+TEST(ConcatAndCacheMlaRopeFused, TablesOfFloat32AreNotRounded) {
+  std::vector<bf16> q = {to_bf16(1.25F), to_bf16(0.0F)}, k = q, c(1), cache(3);
+  const std::vector<float> tables = {1.01F, 0.0F};
+  const std::int64_t zero = 0;
+  concat_and_cache_mla_rope_fused({.positions = {&zero, DType::i64, {1}},
+                                   .q_pe = {q.data(), DType::bf16, {1, 1, 2}},
+                                   .k_pe = {k.data(), DType::bf16, {1, 2}},
+                                   .kv_c = {c.data(), DType::bf16, {1, 1}},
+                                   .cos_sin_cache = {tables.data(), DType::f32, {1, 2}},
+                                   .slot_mapping = {&zero, DType::i64, {1}},
+                                   .kv_cache = {cache.data(), DType::bf16, {1, 1, 3}}});
+  for (const bf16 x : {q[0], k[0], cache[1]}) EXPECT_EQ(to_f32(x), 162.0F / 128.0F);
+}
+
 }  // namespace
 }  // namespace attend
