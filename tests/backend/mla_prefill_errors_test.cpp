@@ -169,6 +169,18 @@ INSTANTIATE_TEST_SUITE_P(
                                   }}),
     [](const auto& info) { return std::string(info.param.label); });
 
+TEST(MlaPrefillPaddedWorkspace, ThatOfThePlanAloneIsTooSmall) {
+  const PrefillCall call(options_for("cuda:8.0", true));
+  NewTokensArgs args = call.new_tokens();
+  args.workspace.size = call.plan.workspace_bytes;
+  expect_refused<InvalidArgument>(
+      call, [&] { call.impl->run_prefill_new_tokens(args); },
+      [](const InvalidArgument& e) {
+        EXPECT_EQ(e.argument(), "workspace");
+        EXPECT_EQ(e.op(), "FLASH_ATTN.run_prefill_new_tokens");
+      });
+}
+
 void expect_unsupported(const PrefillCall& call, const NewTokensArgs& args, const char* reason) {
   expect_refused<Unsupported>(
       call, [&] { call.impl->run_prefill_new_tokens(args); },
