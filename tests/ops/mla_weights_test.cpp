@@ -12,6 +12,7 @@
 
 #include "attend/core/error.h"
 #include "attend/oracle/projection.h"
+#include "backend/allocation_counter.h"
 #include "support/host_tensor.h"
 #include "support/scale.h"
 
@@ -237,6 +238,18 @@ TEST_P(MlaWeightsTest, SizesOfDeepSeekMatchTheOracle) {
   expect(t.v, oracle::up_project_values(w, t.kv_c));
   expect(t.ql_nope, oracle::absorb_query(w, t.q_nope));
   expect(t.out, oracle::v_up_project(w, t.latents));
+}
+
+TEST_P(MlaWeightsTest, ProductsDoNotAllocate) {
+  Rng rng(9);
+  const Layer layer(rng, dtype(), isa());
+  Tensors t(layer, 40);
+  t.fill(rng);
+  const auto pool = make_thread_pool(2);
+  t.run(layer, pool.get());
+  const std::size_t before = testing::num_allocations();
+  t.run(layer, pool.get());
+  EXPECT_EQ(testing::num_allocations(), before);
 }
 
 TEST_P(MlaWeightsTest, NoRowsAreNoError) {
