@@ -111,7 +111,7 @@ std::unique_ptr<Executor> own_pool(const Case& c, const Executor& shared) {
 std::vector<Case> all_cases() {
   std::vector<Case> cases;
   for (const auto& some : {prefill_cases, decode_cases, cascade_cases, int8_cases, cache_cases,
-                           mla_cases, mla_projection_cases})
+                           mla_cases, mla_context_cases, mla_projection_cases})
     for (Case& c : some()) cases.push_back(std::move(c));
   return cases;
 }

@@ -74,6 +74,7 @@ std::vector<Case> cascade_cases();
 std::vector<Case> int8_cases();
 std::vector<Case> cache_cases();
 std::vector<Case> mla_cases();
+std::vector<Case> mla_context_cases();
 std::vector<Case> mla_projection_cases();
 
 /// How fast something is.

@@ -61,8 +61,17 @@ void check_token_scales(const FlashAttnVarlenArgs& a) {
   }
 }
 
+/// Without a state the other fields say nothing.
+void check_no_carry(const AttentionCarry& carry) {
+  if (carry.state.defined()) return;
+  check::require(!carry.resumes.defined(), {kOp, "carry.resumes"}, "undefined: there is no state",
+                 "a tensor");
+  check::require(carry.last, {kOp, "carry.last"}, "true: there is no state", "false");
+}
+
 /// Everything that needs no plan.
 void check_tensors(const FlashAttnVarlenArgs& a) {
+  check_no_carry(a.carry);
   const ops::KvTensors kv{"k", "v", a.k, a.v, is_paged(a), !keeps_state(a)};
   if (is_fp8(a.k.dtype)) {
     ops::check_qkv_fp8(kOp, a.q, kv, a.out, 3);
@@ -100,11 +109,7 @@ std::int64_t resumed_tokens(const AttentionCarry& carry, const AttentionPlan& pl
 void check_carry(const FlashAttnVarlenArgs& a, const AttentionPlan& plan) {
   const AttentionCarry& carry = a.carry;
   const check::Where state{kOp, "carry.state"}, resumes{kOp, "carry.resumes"};
-  if (!carry.state.defined()) {
-    check::require(!carry.resumes.defined(), resumes, "undefined: there is no state", "a tensor");
-    check::require(carry.last, {kOp, "carry.last"}, "true: there is no state", "false");
-    return;
-  }
+  if (!carry.state.defined()) return;
   if (carry.resumes.defined()) {
     check::tensor(resumes, carry.resumes, 1, {DType::u8});
     check::shape(resumes, carry.resumes, {plan.num_reqs()});

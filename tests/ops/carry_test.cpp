@@ -163,11 +163,11 @@ TEST_P(Carry, HasTheBitsOfOneCall) {
     for (const auto& [queries, keys] :
          {std::pair<std::vector<std::int32_t>, std::vector<std::int32_t>>{
               {5, 40, 1, 7, 3}, {1300, 700, 1025, 7, 259}},
-          {{1}, {5000}},
-          {{200}, {3000}}}) {
+          {{1}, {3000}},
+          {{200}, {1500}}}) {
       Problem whole(sizes, queries, keys), parts(sizes, queries, keys);
       run_whole(whole, GetParam());
-      for (const int chunk : {256, 512, 1024, 1 << 20}) {
+      for (const int chunk : {256, 1024}) {
         for (Executor* executor : {static_cast<Executor*>(nullptr), pool.get()}) {
           parts.clear();
           run_in_chunks(parts, chunk, executor, GetParam());

@@ -59,7 +59,7 @@ class MlaBackend final : public Backend {
     can.kv_cache_dtypes = {"auto", "f16", "bf16", "f32", "fp8_e4m3", "fp8_e5m2", "fp8_ds_mla"};
     can.head_sizes = {320, 576};
     can.block_sizes = {kBlockSizeMultiple};
-    can.devices = {DeviceType::cpu, DeviceType::cuda};
+    can.devices = {DeviceType::cpu, DeviceType::cuda, DeviceType::rocm};
     can.min_cuda_capability = 90;
     can.is_mla = true;
     can.supports_batch_invariance = true;

@@ -194,6 +194,18 @@ class MlaBackendCase final : public Case {
     return row;
   }
 
+  /// A row as attention sees it: prefill gathers rows in the type of the layer.
+  std::vector<double> seen(int r, std::vector<double> row) const {
+    if (r < num_decodes()) return row;
+    for (double& x : row) {
+      const auto rounded = static_cast<float>(x);
+      x = dtype_ == DType::bf16  ? to_f32(to_bf16(rounded))
+          : dtype_ == DType::f16 ? to_f32(to_f16(rounded))
+                                 : rounded;
+    }
+    return row;
+  }
+
   void make_batch() {
     batch_.query_start_loc = query_start_;
     batch_.num_reqs = static_cast<int>(lengths_.size());
@@ -259,7 +271,7 @@ class MlaBackendCase final : public Case {
     for (std::size_t r = 0; r < lengths_.size(); ++r) {
       std::vector<std::vector<double>> rows;
       for (std::int32_t j = 0; j < lengths_[r].seq; ++j)
-        rows.push_back(decode(row_offset(static_cast<int>(r), j)));
+        rows.push_back(seen(static_cast<int>(r), decode(row_offset(static_cast<int>(r), j))));
       for (std::int32_t i = 0; i < lengths_[r].query; ++i)
         for (int h = 0; h < heads_; ++h) append_row(static_cast<int>(r), i, h, rows);
     }

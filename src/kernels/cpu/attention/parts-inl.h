@@ -13,4 +13,6 @@ inline constexpr float kLn2 = 0.6931471805599453F;
 //
 #include "kernels/cpu/attention/finish-inl.h"
 //
+#include "kernels/cpu/attention/stored-inl.h"
+//
 #include "kernels/cpu/attention/unit-inl.h"
