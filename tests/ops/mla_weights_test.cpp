@@ -8,6 +8,7 @@
 #include <cstring>
 #include <functional>
 #include <limits>
+#include <span>
 #include <tuple>
 
 #include "attend/core/error.h"
@@ -31,11 +32,41 @@ std::int64_t weight_rows(const MlaDims& dims, int heads) {
   return std::int64_t{heads} * (dims.qk_nope_head_dim + dims.v_head_dim);
 }
 
+// Terms that cancel: the second half of every sum is the first one negated, so that results are
+// what rounding left of it, and any other order of adding shows in the bits of 16-bit types too.
+
+/// Elements [half, 2 half) of each run of `dim` become minus those before them.
+template <typename T>
+void negate_second_halves(std::span<T> x, std::size_t dim) {
+  for (std::size_t i = 0; i < x.size(); ++i)
+    if (i % dim >= dim / 2) x[i] = from_f32<T>(-to_f32(x[i - dim / 2]));
+}
+/// The weights of both halves are alike, in the order of either direction.
+template <typename T>
+void repeat_first_halves(std::span<T> weight, const MlaDims& dims) {
+  const auto l = static_cast<std::size_t>(dims.kv_lora_rank);
+  const auto p = static_cast<std::size_t>(dims.qk_nope_head_dim);
+  const std::size_t head_rows = p + static_cast<std::size_t>(dims.v_head_dim);
+  for (std::size_t i = 0; i < weight.size(); ++i) {
+    const std::size_t row = i / l % head_rows;
+    if (row < p && row >= p / 2) weight[i] = weight[i - p / 2 * l];
+    if (i % l >= l / 2) weight[i] = weight[i - l / 2];
+  }
+}
+/// Calls f with the elements of a tensor as what they are.
+template <typename Fn>
+void with_elements(const HostTensor& t, const Fn& f) {
+  if (t.view().dtype == DType::f16) return f(t.as<f16>());
+  if (t.view().dtype == DType::bf16) return f(t.as<bf16>());
+  f(t.as<float>());
+}
+
 /// A layer with random weights.
 struct Layer {
   Layer(Rng& rng, DType dtype, IsaLevel isa, int heads = 3, const MlaDims& dims = kDims)
       : weight(dtype, {weight_rows(dims, heads), dims.kv_lora_rank}) {
     weight.fill_uniform(rng);
+    with_elements(weight, [&](auto elements) { repeat_first_halves(elements, dims); });
     args.weight = weight;
     args.dims = dims;
     args.num_heads = heads;
@@ -63,7 +94,11 @@ struct Tensors {
   static std::int64_t h(const Layer& layer) { return layer.args.num_heads; }
 
   void fill(Rng& rng) {
-    for (HostTensor* t : inputs()) t->fill_uniform(rng);
+    for (HostTensor* t : inputs()) {
+      t->fill_uniform(rng, -64.0F, 64.0F);
+      const auto dim = static_cast<std::size_t>(t->view().shape[t->view().rank - 1]);
+      with_elements(*t, [&](auto elements) { negate_second_halves(elements, dim); });
+    }
   }
   void run(const Layer& layer, Executor* executor = nullptr) {
     for (HostTensor* t : outputs()) t->fill_bytes(0xff);
