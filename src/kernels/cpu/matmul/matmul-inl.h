@@ -33,6 +33,17 @@ ATTEND_INLINE const T* set_weights(const T* panels, std::int64_t panel_elements,
          set % kSetsPerPanel * (kSetColumns * kPairs);
 }
 
+/// Depths that weights are fetched ahead of their use.
+inline constexpr int kAhead = 12;
+/// Fetches the weights of a set, one depth: a panel does not stay in the nearest cache from one
+/// tile of rows to the next, and its prefetcher alone falls behind. Prefetches never fault.
+template <typename T>
+ATTEND_INLINE void fetch_ahead(const T* w) {
+  constexpr int kBytes = kSetColumns * static_cast<int>(sizeof(T));
+  const char* at = reinterpret_cast<const char*>(w + kAhead * kPanelColumns);
+  for (int b = 0; b < kBytes; b += 64) __builtin_prefetch(at + b, 0, 3);
+}
+
 /// c[r][v] += a[r][k] * w[k][v] for R rows and kSets sets of columns.
 template <int R, int kSets, typename T>
 ATTEND_INLINE void accumulate(const TileStep& step, const T* const (&w)[kSets],
@@ -45,6 +56,10 @@ ATTEND_INLINE void accumulate(const TileStep& step, const T* const (&w)[kSets],
         Simd::F even[V], odd[V];
         for (int v = 0; v < V; ++v)
           Simd::widen_pairs(w[s] + k * kPanelColumns + 2 * v * Simd::kLanes, even + v, odd + v);
+        if constexpr (R == kMostTileRows) {
+          fetch_ahead<T>(w[s] + k * kPanelColumns);
+          fetch_ahead<T>(w[s] + (k + 1) * kPanelColumns);
+        }
 #pragma GCC unroll 12
         for (int r = 0; r < R; ++r) {
           const Simd::F a0 = Simd::set1(step.a[r * kStagedStride + k]);
@@ -64,6 +79,7 @@ ATTEND_INLINE void accumulate(const TileStep& step, const T* const (&w)[kSets],
       for (int s = 0; s < kSets; ++s) {
         Simd::F b[V];
         for (int v = 0; v < V; ++v) b[v] = Simd::widen(w[s] + k * kPanelColumns + v * Simd::kLanes);
+        if constexpr (R == kMostTileRows) fetch_ahead<T>(w[s] + k * kPanelColumns);
 #pragma GCC unroll 12
         for (int r = 0; r < R; ++r) {
           const Simd::F a = Simd::set1(step.a[r * kStagedStride + k]);
