@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "attend/core/float_types.h"
+#include "oracle/mla_product.h"
 
 namespace attend::oracle {
 namespace {
@@ -175,10 +176,14 @@ TEST(MlaOracle, FloatLayersAreWithinTheBounds) {
   for (const DType dtype : {DType::f32, DType::f16, DType::bf16}) {
     for (const MlaDims& dims : {kDeepSeek, kSmall}) {
       SCOPED_TRACE(std::string(to_string(dtype)) + " " + std::to_string(dims.kv_lora_rank));
-      const RandomRow row(dims, dtype, 50, 3);
-      const FloatLayer layer(row.p);
-      EXPECT_LE(largest_ratio(layer.prefill(), mla_prefill_row(row.p)), 1.0);
-      EXPECT_LE(largest_ratio(layer.decode(), mla_decode_row(row.p)), 1.0);
+      RandomRow row(dims, dtype, 50, 3);
+      // Without a scale all weights are equal: then what is rounded decides.
+      for (const double scale : {row.p.scale, 0.0}) {
+        row.p.scale = scale;
+        const FloatLayer layer(row.p);
+        EXPECT_LE(largest_ratio(layer.prefill(), mla_prefill_row(row.p)), 1.0) << scale;
+        EXPECT_LE(largest_ratio(layer.decode(), mla_decode_row(row.p)), 1.0) << scale;
+      }
     }
   }
 }
@@ -216,6 +221,41 @@ TEST(MlaOracle, RoundsWhatALayerRounds) {
   EXPECT_GT(std::abs(prefill.lse - decode.lse), 1e-5);
   EXPECT_NEAR(prefill.lse, exact.lse, 0.01);
   EXPECT_NEAR(decode.lse, exact.lse, 0.01);
+}
+
+TEST(MlaOracle, TheValueOfAnOnlyKeyIsRounded) {
+  const RandomRow row(kDeepSeek, DType::bf16, 1, 8);
+  for (const double x : mla_prefill_row(row.p).out)
+    EXPECT_EQ(x, rounded(DType::bf16, static_cast<float>(x)));
+}
+
+TEST(MlaProduct, DoubtsCoverWhatAFloatChainRoundsTo) {
+  constexpr int kTerms = 512, kColumns = 4000;
+  std::mt19937 rng(9);
+  std::normal_distribution<float> normal;
+  for (const DType dtype : {DType::f32, DType::f16, DType::bf16}) {
+    const auto draw = [&] { return rounded(dtype, normal(rng)); };
+    std::vector<double> x;
+    for (int i = 0; i < kTerms; ++i) x.push_back(draw());
+    const Matrix w(kTerms, kColumns, [&](int, int) { return draw(); });
+    const Rounded r = round_product(multiply(w, x), dtype);
+    int doubtful = 0, other = 0;
+    for (int c = 0; c < kColumns; ++c) {
+      float chain = 0;
+      for (int i = 0; i < kTerms; ++i)
+        chain = std::fma(static_cast<float>(x[static_cast<std::size_t>(i)]),
+                         static_cast<float>(w.at(i, c)), chain);
+      const auto at = static_cast<std::size_t>(c);
+      const double difference = std::abs(rounded(dtype, chain) - r.values[at]);
+      ASSERT_LE(difference, r.doubts[at]) << to_string(dtype) << " " << c;
+      other += difference > 0 ? 1 : 0;
+      doubtful += r.doubts[at] > 0 ? 1 : 0;
+    }
+    EXPECT_GT(other, 0) << to_string(dtype);
+    if (dtype == DType::bf16) {
+      EXPECT_LT(doubtful, kColumns / 5);
+    }
+  }
 }
 
 TEST(MlaOracle, BoundsAreSmallerThanWhatTheyGuard) {

@@ -25,8 +25,7 @@ struct MlaRowProblem {
   /// splits_weights.
   DType cache_dtype = DType::bf16;
   std::function<double(int d)> q;  ///< P values without position, then R rotated ones
-  /// Latent of key j, 0 <= l < L, as attention sees it: as the cache gives it back, or as it was
-  /// before it went there.
+  /// Latent of key j, 0 <= l < L, as attention sees it: the cache gives it back.
   std::function<double(std::int64_t j, int l)> latent;
   std::function<double(std::int64_t j, int d)> k_pe;  ///< rotated part of key j, 0 <= d < R
   std::function<double(int p, int l)> w_uk;           ///< [P, L] weights of the head's keys
