@@ -31,7 +31,7 @@ std::uint64_t encoder_content_id(const Request& request) noexcept;
 std::uint64_t block_hash(std::uint64_t parent, const Request& request, std::int64_t begin,
                          std::int64_t end) noexcept;
 
-enum class ValueKind : std::uint8_t { query, key, value };
+enum class ValueKind : std::uint8_t { query, key, value, weight };
 
 /// Names one row of head_dim values.
 struct RowKey {

@@ -3,6 +3,8 @@
 
 #include <algorithm>
 
+#include "serving/mla_layer.h"
+
 namespace attend::serving {
 namespace {
 
@@ -24,6 +26,13 @@ BuilderConfig builder_config(const LayerGroupConfig& c, const LayerKind& kind) {
   b.cascade = c.cascade;
   b.arithmetic = c.arithmetic;
   b.use_alibi = c.model.alibi;
+  if (c.model.mla) {
+    MlaBuilderConfig& mla = b.mla.emplace();
+    mla.dims = *c.model.mla;
+    mla.dtype = c.dtype;
+    mla.max_model_len = c.max_model_len;
+    mla.max_num_seqs = c.max_num_seqs;
+  }
   return b;
 }
 
@@ -46,6 +55,10 @@ ImplConfig impl_config(const LayerGroupConfig& c, const LayerKind& kind, int lay
   if (c.value_scales != nullptr) {
     const ConstTensorView scales = c.value_scales->layer(layer);
     i.value_scales.assign(scales.as<float>(), scales.as<float>() + scales.numel());
+  }
+  if (m.mla) {
+    Executor& executor = c.executor != nullptr ? *c.executor : default_executor();
+    i.mla.emplace().weights = make_mla_weights(m, layer, *c.generator, executor);
   }
   return i;
 }

@@ -5,6 +5,7 @@
 
 #include "attend/backend/backend.h"
 #include "attend/cache/value_scales.h"
+#include "serving/content.h"
 #include "serving/model_presets.h"
 #include "serving/step.h"
 
@@ -36,6 +37,11 @@ struct LayerGroupConfig {
   int num_speculative_tokens = 0;
   CascadeMode cascade = CascadeMode::automatic;
   Arithmetic arithmetic = Arithmetic::automatic;
+  // MLA only, and needed there.
+  const ValueGenerator* generator = nullptr;  ///< of the weights
+  Executor* executor = nullptr;               ///< null = default_executor()
+  std::int64_t max_model_len = 0;             ///< as MlaBuilderConfig::max_model_len
+  int max_num_seqs = 0;                       ///< as MlaBuilderConfig::max_num_seqs
 };
 
 /// Groups in the order in which a step runs them: encoder, self attention, cross attention.

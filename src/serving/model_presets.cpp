@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "serving/model_presets.h"
 
+#include <fmt/format.h>
+
 #include <array>
 #include <bit>
 #include <cmath>
@@ -9,6 +11,9 @@
 
 namespace attend::serving {
 namespace {
+
+constexpr MlaDims kDeepSeekDims{
+    .kv_lora_rank = 512, .qk_nope_head_dim = 128, .qk_rope_head_dim = 64, .v_head_dim = 128};
 
 constexpr std::array kPresets = {
     ModelPreset{.name = "llama-3.1-8b",
@@ -91,6 +96,24 @@ constexpr std::array kPresets = {
                 .num_layers = 32,
                 .dtype = DType::f16,
                 .encoder_tokens = 1500},
+    ModelPreset{.name = "deepseek-v2-lite",
+                .description =
+                    "DeepSeek-V2 Lite: latent attention, 16 query heads over rows of 576 "
+                    "numbers",
+                .num_q_heads = 16,
+                .num_kv_heads = 1,
+                .head_dim = kDeepSeekDims.cache_dim(),
+                .num_layers = 27,
+                .scale = 0.1147213868F,  // (1 + 0.0707 ln 40)^2 / sqrt(192), docs/replay.md
+                .mla = kDeepSeekDims},
+    ModelPreset{.name = "deepseek-v3",
+                .description = "DeepSeek-V3 and R1: latent attention, 128 query heads",
+                .num_q_heads = 128,
+                .num_kv_heads = 1,
+                .head_dim = kDeepSeekDims.cache_dim(),
+                .num_layers = 61,
+                .scale = 0.1352337789F,  // (1 + 0.1 ln 40)^2 / sqrt(192)
+                .mla = kDeepSeekDims},
 };
 
 }  // namespace
@@ -105,6 +128,19 @@ const ModelPreset& find_model(std::string_view name) {
     valid += m.name;
   }
   throw InvalidArgument("replay", "model", "one of " + valid, "'" + std::string(name) + "'");
+}
+
+ModelPreset with_query_heads(ModelPreset model, int num_q_heads) {
+  if (num_q_heads < 1 || num_q_heads > kMaxQueryHeads || num_q_heads % model.num_kv_heads != 0) {
+    const std::string step =
+        model.num_kv_heads == 1
+            ? ""
+            : fmt::format(", a multiple of the {} kv heads of {}", model.num_kv_heads, model.name);
+    throw InvalidArgument("replay", "heads", fmt::format("from 1 to {}{}", kMaxQueryHeads, step),
+                          std::to_string(num_q_heads));
+  }
+  model.num_q_heads = num_q_heads;
+  return model;
 }
 
 std::vector<float> alibi_slopes(int num_heads) {

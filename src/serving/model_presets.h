@@ -16,10 +16,10 @@ struct ModelPreset {
   std::string_view description;
   int num_q_heads = 0;
   int num_kv_heads = 0;
-  int head_dim = 0;
+  int head_dim = 0;  ///< MLA: of a cache row, mla->cache_dim()
   int num_layers = 0;
   DType dtype = DType::bf16;
-  std::optional<float> scale = std::nullopt;  ///< unset = 1 / sqrt(head_dim)
+  std::optional<float> scale = std::nullopt;  ///< unset = 1 / sqrt(query_dim())
   float softcap = 0.0F;                       ///< 0 = off
   std::optional<int> sliding_window =
       std::nullopt;                ///< keys visible in windowed layers, own included
@@ -33,7 +33,12 @@ struct ModelPreset {
   /// each layer of the decoder there is one of encoder attention among them and one of cross
   /// attention to them.
   int encoder_tokens = 0;
+  /// Set: multi-head latent attention of these sizes. num_kv_heads is then 1.
+  std::optional<MlaDims> mla = std::nullopt;
 
+  /// Elements of a head's query and output.
+  int query_dim() const noexcept { return mla ? mla->qk_head_dim() : head_dim; }
+  int output_dim() const noexcept { return mla ? mla->v_head_dim : head_dim; }
   bool is_encoder() const noexcept { return attn_type == AttentionType::encoder_only; }
   bool has_cross_attention() const noexcept { return encoder_tokens > 0; }
   /// Caches of a run of `layers` decoder layers.
@@ -49,6 +54,11 @@ struct ModelPreset {
 std::span<const ModelPreset> model_presets() noexcept;
 /// @throws InvalidArgument listing the valid names.
 const ModelPreset& find_model(std::string_view name);
+
+/// The model with another number of query heads, for machines that the model is too large for: at
+/// least 1, at most kMaxQueryHeads, and a multiple of its kv heads. @throws InvalidArgument.
+ModelPreset with_query_heads(ModelPreset model, int num_q_heads);
+inline constexpr int kMaxQueryHeads = 1024;
 
 /// Slopes of the ALiBi paper for any number of heads: a geometric sequence for the largest power of
 /// two below, then every other element of the next finer sequence.

@@ -73,6 +73,7 @@ class Engine {
   std::vector<SampledRow> sampled_;
   std::size_t next_arrival_ = 0;
   std::int64_t total_kv_tokens_ = 0;
+  int decode_threshold_ = 1;  // of the decoder's layers
   Clock::time_point start_;
 };
 
@@ -84,6 +85,7 @@ AttentionConfig attention_config(const ReplayConfig& config, DType dtype, Attent
   if (type != AttentionType::encoder) a.kv_cache_dtype = config.kv_cache_dtype;
   a.block_size = config.block_size;
   a.attn_type = type;
+  a.use_mla = config.model->mla.has_value();
   a.has_sink = config.model->sinks;
   a.use_alibi_sqrt = config.model->alibi_sqrt;
   return a;
@@ -143,8 +145,10 @@ Engine::Engine(const Trace& trace, const ReplayConfig& config)
   result_.isa = arithmetic_level(config.arithmetic, kernel_choice().level(result_.kernel_kind),
                                  result_.kernel_kind, "replay");
   result_.requests = static_cast<std::int64_t>(trace.requests.size());
+  std::int64_t max_model_len = 1;
   for (const Request& r : trace.requests) {
     result_.prompt_tokens += r.prompt_tokens;
+    max_model_len = std::max(max_model_len, r.kv_tokens());
     total_kv_tokens_ += model_.is_encoder() ? r.prompt_tokens : r.kv_tokens();
   }
   if (!model_.is_encoder()) choose_blocks();
@@ -159,11 +163,16 @@ Engine::Engine(const Trace& trace, const ReplayConfig& config)
                                .num_workers = executor_.num_workers(),
                                .num_speculative_tokens = config.num_speculative_tokens,
                                .cascade = config.cascade,
-                               .arithmetic = config.arithmetic});
+                               .arithmetic = config.arithmetic,
+                               .generator = &generator_,
+                               .executor = &executor_,
+                               .max_model_len = max_model_len,
+                               .max_num_seqs = config.max_num_seqs});
+  decode_threshold_ = groups_.back().builder->reorder_batch_threshold().value_or(1);
   SchedulerConfig s;
   s.max_num_batched_tokens = config.max_num_batched_tokens;
   s.max_num_seqs = config.max_num_seqs;
-  s.decode_threshold = groups_.back().builder->reorder_batch_threshold().value_or(1);
+  s.decode_threshold = decode_threshold_;
   s.encoder_tokens = model_.encoder_tokens;
   s.num_speculative_tokens = config.num_speculative_tokens;
   s.acceptance = config.acceptance;
@@ -319,6 +328,7 @@ void Engine::run_step() {
   record.seconds = seconds_since(begin);
 
   input.tokens = make_step_tokens(batch);
+  if (model_.mla) mark_mla_decodes(input.metadata.common, decode_threshold_, input.tokens);
   input.encoder_tokens = make_encoder_tokens(input.encoder_batch);
   const std::int64_t kv_token_bytes = pool_ ? result_.block_bytes / result_.block_size : 0;
   for (const LayerGroup& group : groups_) {
@@ -351,6 +361,8 @@ double Engine::run_layer(const LayerGroup& group, std::size_t index, const StepI
   if (!keys.empty()) {  // cross attention: later steps find them in the cache
     args.key = tensors_.key();
     args.value = tensors_.value();
+    args.kv_c = tensors_.kv_c();
+    args.k_pe = tensors_.k_pe();
   }
   if (!encoder) {
     const KvMemory& memory = cross ? encoder_memory_ : memory_;
@@ -387,6 +399,7 @@ void Engine::sample_rows(const LayerGroup& group, int layer, const std::vector<S
                       .position = t.position,
                       .num_keys = cross ? model_.encoder_tokens : t.num_keys,
                       .first_rejected = t.first_rejected,
+                      .mla_decode = t.mla_decode,
                       .layer = layer,
                       .head = head,
                       .type = group.kind.type,

@@ -10,6 +10,7 @@
 
 #include "attend/oracle/attention.h"
 #include "attend/oracle/quantize.h"
+#include "serving/mla_row_check.h"
 
 namespace attend::serving {
 namespace {
@@ -20,18 +21,6 @@ constexpr int kWeightLevels = 127;
 /// Cross attention has queries of the decoder and keys of the encoder.
 bool has_encoder_keys(const SampledRow& row) {
   return row.type == AttentionType::encoder || row.type == AttentionType::encoder_decoder;
-}
-
-std::uint64_t key_content(const SampledRow& row, std::int64_t position) {
-  if (has_encoder_keys(row)) return encoder_content_id(*row.request);
-  return position < row.first_rejected ? content_id(*row.request, position)
-                                       : draft_content_id(*row.request, row.first_rejected);
-}
-
-std::uint64_t query_content(const SampledRow& row) {
-  if (row.type == AttentionType::encoder) return encoder_content_id(*row.request);
-  return row.position < row.first_rejected ? own_content_id(*row.request)
-                                           : draft_content_id(*row.request, row.first_rejected);
 }
 
 /// Of one (token, head).
@@ -65,6 +54,9 @@ class Encoding {
         return;
       case ValueKind::value:
         encode_value(row);
+        return;
+      case ValueKind::weight:
+        return;  // no cache holds any
     }
   }
 
@@ -132,8 +124,8 @@ class RegeneratedRows {
   Values values_;
 };
 
-oracle::RowResult recompute(const SampledRow& row, const ModelPreset& model,
-                            const ValueGenerator& generator, const KvStorage& storage) {
+ExpectedRow recompute(const SampledRow& row, const ModelPreset& model,
+                      const ValueGenerator& generator, const KvStorage& storage) {
   const int kv_head = row.head / (model.num_q_heads / model.num_kv_heads);
   // An encoder has no cache through which its keys would go.
   const KvStorage stored =
@@ -168,7 +160,12 @@ oracle::RowResult recompute(const SampledRow& row, const ModelPreset& model,
   p.q = [&](int d) { return query(row.position, d); };
   p.k = [&](std::int64_t j, int d) { return keys(j, d); };
   p.v = [&](std::int64_t j, int d) { return values(j, d); };
-  return oracle::attention_row(p);
+  const oracle::RowResult r = oracle::attention_row(p);
+  ExpectedRow expected{r.out, {}, r.lse, oracle::lse_error_bound(r, model.head_dim)};
+  for (int d = 0; d < model.head_dim; ++d) {
+    expected.out_bound.push_back(oracle::out_error_bound(r, d, model.head_dim, generator.dtype()));
+  }
+  return expected;
 }
 
 struct RowOutcome {
@@ -186,7 +183,8 @@ double ratio_to_bound(double got, double want, double bound) {
 
 RowOutcome compare(const SampledRow& row, const ModelPreset& model, const ValueGenerator& generator,
                    const KvStorage& storage) {
-  const oracle::RowResult want = recompute(row, model, generator, storage);
+  const ExpectedRow want = model.mla ? recompute_mla(row, model, generator, storage)
+                                     : recompute(row, model, generator, storage);
   RowOutcome outcome;
   const auto note = [&](double got, double reference, double bound, std::string_view what) {
     const double ratio = ratio_to_bound(got, reference, bound);
@@ -194,20 +192,30 @@ RowOutcome compare(const SampledRow& row, const ModelPreset& model, const ValueG
     outcome.worst_ratio = ratio;
     outcome.where = fmt::format("{} is {}, expected {} +- {:.3g}", what, got, reference, bound);
   };
-  for (int d = 0; d < model.head_dim; ++d) {
-    const auto i = static_cast<std::size_t>(d);
-    const double got = row.out[i];
-    const double error = std::abs(got - want.out[i]);
+  for (std::size_t d = 0; d < want.out.size(); ++d) {
+    const double got = row.out[d];
+    const double error = std::abs(got - want.out[d]);
     outcome.worst_error = std::max(
         outcome.worst_error, std::isnan(error) ? std::numeric_limits<double>::infinity() : error);
-    note(got, want.out[i], oracle::out_error_bound(want, d, model.head_dim, generator.dtype()),
-         fmt::format("out[{}]", d));
+    note(got, want.out[d], want.out_bound[d], fmt::format("out[{}]", d));
   }
-  note(row.lse, want.lse, oracle::lse_error_bound(want, model.head_dim), "lse");
+  note(row.lse, want.lse, want.lse_bound, "lse");
   return outcome;
 }
 
 }  // namespace
+
+std::uint64_t key_content(const SampledRow& row, std::int64_t position) {
+  if (has_encoder_keys(row)) return encoder_content_id(*row.request);
+  return position < row.first_rejected ? content_id(*row.request, position)
+                                       : draft_content_id(*row.request, row.first_rejected);
+}
+
+std::uint64_t query_content(const SampledRow& row) {
+  if (row.type == AttentionType::encoder) return encoder_content_id(*row.request);
+  return row.position < row.first_rejected ? own_content_id(*row.request)
+                                           : draft_content_id(*row.request, row.first_rejected);
+}
 
 ReservoirSampler::ReservoirSampler(std::int64_t capacity, std::uint64_t seed)
     : capacity_(capacity), state_(mix64(seed ^ 0x726573657276ULL)) {

@@ -48,11 +48,22 @@ struct SampledRow {
   std::int64_t num_keys = 0;  ///< keys of the request in that step, those that it attends to
   /// Keys from this position on are rejected drafts; num_keys if there are none.
   std::int64_t first_rejected = 0;
+  bool mla_decode = false;  ///< as StepToken::mla_decode
   int layer = 0;
   int head = 0;
   AttentionType type = AttentionType::decoder;
-  std::vector<float> out;  ///< [head_dim]
+  std::vector<float> out;  ///< [output_dim() of the model]
   float lse = 0.0F;
+};
+
+/// Whose values the query and the key at a position of a row are, as content_id() counts.
+std::uint64_t query_content(const SampledRow& row);
+std::uint64_t key_content(const SampledRow& row, std::int64_t position);
+
+/// What a row should be, and how far it may be from that.
+struct ExpectedRow {
+  std::vector<double> out, out_bound;  ///< [output_dim() of the model]
+  double lse = 0.0, lse_bound = 0.0;
 };
 
 struct CheckSummary {

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "attend/batch/split.h"
 #include "attend/core/float_types.h"
 
 namespace attend::serving {
@@ -116,17 +117,26 @@ std::vector<StepToken> make_step_tokens(const RequestBatch& batch) {
   for (const ScheduledRequest& r : batch.requests) {
     const std::uint64_t own = own_content_id(*r.request);
     const std::int64_t seq_len = r.num_computed_tokens + r.num_scheduled_tokens;
+    const std::int64_t rejected = r.first_rejected();
+    const std::uint64_t draft = draft_content_id(*r.request, rejected);
     for (std::int64_t p = r.num_computed_tokens; p < seq_len; ++p) {
-      const std::int64_t rejected = r.first_rejected();
-      if (p < rejected) {
-        tokens.push_back({r.request, own, content_id(*r.request, p), p, seq_len, rejected});
-      } else {
-        const std::uint64_t draft = draft_content_id(*r.request, rejected);
-        tokens.push_back({r.request, draft, draft, p, seq_len, rejected});
-      }
+      tokens.push_back({.request = r.request,
+                        .own_content = p < rejected ? own : draft,
+                        .content = p < rejected ? content_id(*r.request, p) : draft,
+                        .position = p,
+                        .num_keys = seq_len,
+                        .first_rejected = rejected});
     }
   }
   return tokens;
+}
+
+void mark_mla_decodes(const CommonMetadata& batch, int decode_threshold,
+                      std::vector<StepToken>& tokens) {
+  const DecodePrefillSplit split =
+      split_decodes_and_prefills(batch, {.decode_threshold = decode_threshold});
+  for (std::size_t t = 0; t < tokens.size(); ++t)
+    tokens[t].mla_decode = t < static_cast<std::size_t>(split.num_decode_tokens);
 }
 
 std::vector<StepToken> make_encoder_tokens(const RequestBatch& encoder_batch) {
@@ -135,68 +145,94 @@ std::vector<StepToken> make_encoder_tokens(const RequestBatch& encoder_batch) {
   return tokens;
 }
 
-StepTensors::StepTensors(const ModelPreset& model, DType dtype) : model_(model), dtype_(dtype) {}
+StepTensors::StepTensors(const ModelPreset& model, DType dtype)
+    : model_(model),
+      dtype_(dtype),
+      key_dim_(model.mla ? model.mla->kv_lora_rank : model.head_dim),
+      value_dim_(model.mla ? model.mla->qk_rope_head_dim : model.head_dim) {}
+
+std::size_t StepTensors::row_bytes(int dim) const {
+  return static_cast<std::size_t>(dim) * size_of(dtype_);
+}
 
 void StepTensors::resize(std::size_t num_queries, std::size_t num_keys) {
   num_queries_ = static_cast<int>(num_queries);
   num_keys_ = static_cast<int>(num_keys);
-  const std::size_t row = static_cast<std::size_t>(model_.head_dim) * size_of(dtype_);
   const auto q_heads = static_cast<std::size_t>(model_.num_q_heads);
   const auto kv_heads = static_cast<std::size_t>(model_.num_kv_heads);
-  query_.reserve(num_queries * row * q_heads);
-  key_.reserve(num_keys * row * kv_heads);
-  value_.reserve(num_keys * row * kv_heads);
-  output_.reserve(num_queries * row * q_heads);
+  query_.reserve(num_queries * q_heads * row_bytes(model_.query_dim()));
+  key_.reserve(num_keys * kv_heads * row_bytes(key_dim_));
+  value_.reserve(num_keys * kv_heads * row_bytes(value_dim_));
+  output_.reserve(num_queries * q_heads * row_bytes(model_.output_dim()));
   lse_.reserve(num_queries * q_heads * sizeof(float));
 }
 
 void StepTensors::fill(std::span<const StepToken> queries, std::span<const StepToken> keys,
                        int layer, const ValueGenerator& generator, Executor& executor) {
   resize(queries.size(), keys.size());
-  const std::size_t row = static_cast<std::size_t>(model_.head_dim) * size_of(dtype_);
-  const auto fill_heads = [&](const Buffer& buffer, std::size_t t, int heads, RowKey key) {
-    auto* out = static_cast<std::byte*>(buffer.data()) + t * row * static_cast<std::size_t>(heads);
-    for (key.head = 0; key.head < heads; ++key.head, out += row) {
-      generator.fill(key, model_.head_dim, out);
-    }
+  const auto q_heads = static_cast<std::size_t>(model_.num_q_heads);
+  const std::size_t output_row = q_heads * row_bytes(model_.output_dim());
+  const auto fill_heads = [&](const TensorView& rows, std::size_t t, RowKey key) {
+    const auto heads = static_cast<int>(rows.shape[1]);
+    const auto dim = static_cast<int>(rows.shape[2]);
+    auto* out =
+        static_cast<std::byte*>(rows.data) + t * static_cast<std::size_t>(heads) * row_bytes(dim);
+    for (key.head = 0; key.head < heads; ++key.head, out += row_bytes(dim))
+      generator.fill(key, dim, out);
   };
+  const TensorView q_rows = view(query_, num_queries_, model_.num_q_heads, model_.query_dim());
+  const TensorView k_rows = view(key_, num_keys_, model_.num_kv_heads, key_dim_);
+  const TensorView v_rows = view(value_, num_keys_, model_.num_kv_heads, value_dim_);
   const auto workers = static_cast<std::size_t>(executor.num_workers());
   executor.run([&](int worker) {
     const auto w = static_cast<std::size_t>(worker);
-    const auto q_heads = static_cast<std::size_t>(model_.num_q_heads);
     for (std::size_t t = queries.size() * w / workers; t < queries.size() * (w + 1) / workers;
          ++t) {
       const StepToken& q = queries[t];
-      fill_heads(query_, t, model_.num_q_heads,
-                 {q.own_content, q.position, layer, 0, ValueKind::query});
-      std::memset(static_cast<std::byte*>(output_.data()) + t * row * q_heads, 0xff, row * q_heads);
+      fill_heads(q_rows, t, {q.own_content, q.position, layer, 0, ValueKind::query});
+      std::memset(static_cast<std::byte*>(output_.data()) + t * output_row, 0xff, output_row);
       std::memset(static_cast<float*>(lse_.data()) + t * q_heads, 0xff, q_heads * sizeof(float));
     }
     for (std::size_t t = keys.size() * w / workers; t < keys.size() * (w + 1) / workers; ++t) {
       const StepToken& k = keys[t];
-      fill_heads(key_, t, model_.num_kv_heads, {k.content, k.position, layer, 0, ValueKind::key});
-      fill_heads(value_, t, model_.num_kv_heads,
-                 {k.content, k.position, layer, 0, ValueKind::value});
+      fill_heads(k_rows, t, {k.content, k.position, layer, 0, ValueKind::key});
+      fill_heads(v_rows, t, {k.content, k.position, layer, 0, ValueKind::value});
     }
   });
 }
 
-TensorView StepTensors::view(const Buffer& buffer, int rows, int heads) const {
-  return TensorView(buffer.data(), dtype_, {rows, heads, model_.head_dim});
+TensorView StepTensors::view(const Buffer& buffer, int rows, int heads, int dim) const {
+  return TensorView(buffer.data(), dtype_, {rows, heads, dim});
 }
 ConstTensorView StepTensors::query() const {
-  return view(query_, num_queries_, model_.num_q_heads);
+  return view(query_, num_queries_, model_.num_q_heads, model_.query_dim());
 }
-ConstTensorView StepTensors::key() const { return view(key_, num_keys_, model_.num_kv_heads); }
-ConstTensorView StepTensors::value() const { return view(value_, num_keys_, model_.num_kv_heads); }
-TensorView StepTensors::output() const { return view(output_, num_queries_, model_.num_q_heads); }
+ConstTensorView StepTensors::key() const {
+  if (model_.mla) return {};
+  return view(key_, num_keys_, model_.num_kv_heads, key_dim_);
+}
+ConstTensorView StepTensors::value() const {
+  if (model_.mla) return {};
+  return view(value_, num_keys_, model_.num_kv_heads, value_dim_);
+}
+ConstTensorView StepTensors::kv_c() const {
+  if (!model_.mla) return {};
+  return ConstTensorView(key_.data(), dtype_, {num_keys_, key_dim_});
+}
+ConstTensorView StepTensors::k_pe() const {
+  if (!model_.mla) return {};
+  return ConstTensorView(value_.data(), dtype_, {num_keys_, value_dim_});
+}
+TensorView StepTensors::output() const {
+  return view(output_, num_queries_, model_.num_q_heads, model_.output_dim());
+}
 TensorView StepTensors::lse() const {
   return TensorView(lse_.data(), DType::f32, {num_queries_, model_.num_q_heads});
 }
 
 std::vector<float> StepTensors::output_row(int token, int head) const {
   const TensorView row = output().select(0, token).select(0, head);
-  std::vector<float> values(static_cast<std::size_t>(model_.head_dim));
+  std::vector<float> values(static_cast<std::size_t>(model_.output_dim()));
   for (std::size_t d = 0; d < values.size(); ++d) {
     switch (dtype_) {
       case DType::f32:
@@ -234,7 +270,12 @@ StepWork measure_work(const RequestBatch& batch, const ModelPreset& model,
         layer.type == AttentionType::decoder
             ? causal_pairs(r.num_computed_tokens, seq_len - 1, layer.window)
             : static_cast<double>(r.num_scheduled_tokens) * static_cast<double>(all_keys);
-    work.prefill_flops += pairs * model.num_q_heads * 4 * model.head_dim;
+    work.prefill_flops += pairs * model.num_q_heads * 2 * (model.query_dim() + model.output_dim());
+    if (model.mla) {
+      const MlaDims& n = *model.mla;
+      work.prefill_flops += static_cast<double>(seq_len) * model.num_q_heads * 2 * n.kv_lora_rank *
+                            (n.qk_nope_head_dim + n.v_head_dim);
+    }
   }
   return work;
 }

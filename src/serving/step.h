@@ -40,8 +40,13 @@ struct StepToken {
   std::int64_t position = 0;
   std::int64_t num_keys = 0;        ///< keys of the request in this step
   std::int64_t first_rejected = 0;  ///< as ScheduledRequest::first_rejected()
+  bool mla_decode = false;          ///< MLA: takes the decode path, mark_mla_decodes()
 };
 std::vector<StepToken> make_step_tokens(const RequestBatch& batch);
+/// Sets StepToken::mla_decode as MLA back ends divide the batch that the tokens are of: those of
+/// its first requests whose queries are no longer than `decode_threshold`.
+void mark_mla_decodes(const CommonMetadata& batch, int decode_threshold,
+                      std::vector<StepToken>& tokens);
 /// The tokens of an encoder batch.
 std::vector<StepToken> make_encoder_tokens(const RequestBatch& encoder_batch);
 
@@ -55,10 +60,14 @@ class StepTensors {
   void fill(std::span<const StepToken> queries, std::span<const StepToken> keys, int layer,
             const ValueGenerator& generator, Executor& executor);
 
-  ConstTensorView query() const;
+  ConstTensorView query() const;  ///< [T, Hq, query_dim()]
+  /// [T, Hkv, D] each; of MLA undefined.
   ConstTensorView key() const;
   ConstTensorView value() const;
-  TensorView output() const;
+  /// MLA: [T, L] and [T, R]; else undefined.
+  ConstTensorView kv_c() const;
+  ConstTensorView k_pe() const;
+  TensorView output() const;  ///< [T, Hq, output_dim()]
   TensorView lse() const;
   /// Output row as float32 values.
   std::vector<float> output_row(int token, int head) const;
@@ -66,10 +75,12 @@ class StepTensors {
 
  private:
   void resize(std::size_t num_queries, std::size_t num_keys);
-  TensorView view(const Buffer& buffer, int rows, int heads) const;
+  TensorView view(const Buffer& buffer, int rows, int heads, int dim) const;
+  std::size_t row_bytes(int dim) const;
 
   const ModelPreset& model_;
   DType dtype_;
+  int key_dim_, value_dim_;  // MLA: a latent is a key, a rotated key a value
   int num_queries_ = 0, num_keys_ = 0;
   Buffer query_, key_, value_, output_, lse_;
 };
@@ -83,8 +94,10 @@ struct LayerKind {
 
 /// Useful work of a step in one layer.
 struct StepWork {
-  double prefill_flops = 0;  ///< 2 per multiply-add of q.k and p.v over visible pairs only
-  double decode_bytes = 0;   ///< keys and values that decode requests read, with their scales
+  /// 2 per multiply-add of q.k and p.v over visible pairs only. MLA: of the compute-friendly form,
+  /// in which every key and value is also made once from its latent.
+  double prefill_flops = 0;
+  double decode_bytes = 0;  ///< keys and values that decode requests read, with their scales
 };
 /// `batch` is an encoder batch for encoder attention. `kv_token_bytes`: what the cache holds of a
 /// token in one layer.

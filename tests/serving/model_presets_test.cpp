@@ -28,8 +28,9 @@ TEST(ModelPresets, EachIsFoundByItsNameAndIsWellFormed) {
 }
 
 TEST(ModelPresets, TheListOfTheCommandLine) {
-  for (const auto* name : {"llama-3.1-8b", "qwen3-32b", "gemma-2-9b", "gemma-3-27b", "gpt-oss-20b",
-                           "bloom-7b", "step-1", "bert-base", "whisper-large-v3"}) {
+  for (const auto* name :
+       {"llama-3.1-8b", "qwen3-32b", "gemma-2-9b", "gemma-3-27b", "gpt-oss-20b", "bloom-7b",
+        "step-1", "bert-base", "whisper-large-v3", "deepseek-v2-lite", "deepseek-v3"}) {
     EXPECT_NO_THROW(find_model(name));
   }
 }
@@ -71,6 +72,55 @@ TEST(ModelPresets, EverySixthLayerOfGemma3SeesEverything) {
               (layer + 1) % 6 == 0 ? std::nullopt : std::optional<int>(1024));
   }
   EXPECT_NEAR(gemma.scale.value(), 1.0 / std::sqrt(168.0), 1e-8);
+}
+
+TEST(ModelPresets, DeepSeekHasLatentsAndTheScaleOfItsContextExtension) {
+  const ModelPreset& lite = find_model("deepseek-v2-lite");
+  const ModelPreset& v3 = find_model("deepseek-v3");
+  for (const ModelPreset* m : {&lite, &v3}) {
+    EXPECT_EQ(m->mla, (MlaDims{512, 128, 64, 128}));
+    EXPECT_EQ(m->head_dim, 576);
+    EXPECT_EQ(m->num_kv_heads, 1);
+    EXPECT_EQ(m->query_dim(), 192);
+    EXPECT_EQ(m->output_dim(), 128);
+    EXPECT_EQ(m->dtype, DType::bf16);
+  }
+  EXPECT_EQ(lite.num_q_heads, 16);
+  EXPECT_EQ(lite.num_layers, 27);
+  EXPECT_EQ(v3.num_q_heads, 128);
+  EXPECT_EQ(v3.num_layers, 61);
+  const auto scale = [](double mscale) {
+    const double factor = 0.1 * mscale * std::log(40.0) + 1.0;
+    return factor * factor / std::sqrt(192.0);
+  };
+  EXPECT_NEAR(lite.scale.value(), scale(0.707), 1e-8);
+  EXPECT_NEAR(v3.scale.value(), scale(1.0), 1e-8);
+  EXPECT_EQ(find_model("llama-3.1-8b").query_dim(), 128);
+  EXPECT_EQ(find_model("llama-3.1-8b").output_dim(), 128);
+}
+
+TEST(ModelPresets, OtherQueryHeadsAreAMultipleOfTheKvHeads) {
+  const ModelPreset& v3 = find_model("deepseek-v3");
+  const ModelPreset& llama = find_model("llama-3.1-8b");
+  EXPECT_EQ(with_query_heads(v3, 1).num_q_heads, 1);
+  EXPECT_EQ(with_query_heads(v3, 1024).num_q_heads, 1024);
+  EXPECT_EQ(with_query_heads(llama, 8).num_q_heads, 8);
+  EXPECT_EQ(with_query_heads(llama, 40).num_q_heads, 40);
+  EXPECT_EQ(with_query_heads(llama, 40).num_kv_heads, 8);
+  const auto message = [](const ModelPreset& m, int heads) -> std::string {
+    try {
+      with_query_heads(m, heads);
+    } catch (const InvalidArgument& e) {
+      return e.what();
+    }
+    return "accepted";
+  };
+  EXPECT_THAT(message(v3, 0), HasSubstr("heads': expected from 1 to 1024, got 0"));
+  EXPECT_THAT(message(v3, 1025), HasSubstr("from 1 to 1024, got 1025"));
+  for (const int heads : {-8, 4, 12}) {
+    EXPECT_THAT(message(llama, heads),
+                HasSubstr("from 1 to 1024, a multiple of the 8 kv heads of llama-3.1-8b"));
+  }
 }
 
 TEST(SinkLogits, RunFromMinusTwoToFour) {

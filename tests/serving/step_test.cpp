@@ -103,6 +103,64 @@ TEST(StepTensors, HoldTheGeneratedValuesAndPoisonedOutputs) {
   EXPECT_TRUE(std::isnan(tensors.lse_value(3, 3)));
 }
 
+TEST(StepTensors, HoldLatentsAndRotatedKeysOfMla) {
+  const TwoRequests two;
+  ModelPreset model;
+  model.num_q_heads = 3;
+  model.num_kv_heads = 1;
+  model.mla = MlaDims{16, 8, 4, 12};
+  model.head_dim = 20;
+  const ValueGenerator generator(3, DType::f32);
+  StepTensors tensors(model, DType::f32);
+  const auto executor = make_thread_pool(2);
+  const auto tokens = make_step_tokens(two.batch);
+  tensors.fill(tokens, tokens, 6, generator, *executor);
+
+  EXPECT_FALSE(tensors.key().defined());
+  EXPECT_FALSE(tensors.value().defined());
+  const auto expect_row = [&](const ConstTensorView& row, std::int64_t count, const RowKey& key) {
+    ASSERT_EQ(row.numel(), count);
+    std::vector<float> want(static_cast<std::size_t>(count));
+    generator.fill_f32(key, static_cast<int>(count), want.data());
+    EXPECT_TRUE(std::equal(want.begin(), want.end(), row.as<float>()));
+  };
+  const std::uint64_t own = own_content_id(two.prefill), shared = content_id(two.prefill, 1);
+  expect_row(tensors.query().select(0, 2).select(0, 2), 12, {own, 1, 6, 2, ValueKind::query});
+  expect_row(tensors.kv_c().select(0, 2), 16, {shared, 1, 6, 0, ValueKind::key});
+  expect_row(tensors.k_pe().select(0, 2), 4, {shared, 1, 6, 0, ValueKind::value});
+  EXPECT_EQ(tensors.output().shape[2], 12);
+  EXPECT_THAT(tensors.output_row(3, 2), ::testing::SizeIs(12));
+  for (const float v : tensors.output_row(3, 2)) EXPECT_TRUE(std::isnan(v));
+}
+
+TEST(StepTokens, OfMlaKnowTheirPath) {
+  const TwoRequests two;
+  const StepMetadata step = make_step_metadata(two.batch, 16);
+  const auto paths = [&](int decode_threshold) {
+    auto tokens = make_step_tokens(two.batch);
+    mark_mla_decodes(step.common, decode_threshold, tokens);
+    std::vector<bool> decode;
+    for (const StepToken& t : tokens) decode.push_back(t.mla_decode);
+    return decode;
+  };
+  EXPECT_THAT(paths(1), ElementsAre(true, false, false, false));
+  EXPECT_THAT(paths(2), ElementsAre(true, false, false, false));
+  EXPECT_THAT(paths(3), ElementsAre(true, true, true, true));
+}
+
+TEST(StepWork, OfMlaCountsTheProjectionOfEveryKey) {
+  TwoRequests two;
+  two.batch.requests[1].num_computed_tokens = 4;  // positions 4, 5, 6
+  ModelPreset model;
+  model.num_q_heads = 3;
+  model.num_kv_heads = 1;
+  model.mla = MlaDims{16, 8, 4, 12};
+  model.head_dim = 20;
+  const StepWork work = measure_work(two.batch, model, 40, {});
+  EXPECT_EQ(work.prefill_flops, (5 + 6 + 7) * 3 * 2 * (12 + 12) + 7 * 3 * 2 * 16 * (8 + 12));
+  EXPECT_EQ(work.decode_bytes, 21 * 40);
+}
+
 TEST(StepWork, CountsVisiblePairsAndBytes) {
   TwoRequests two;
   two.batch.requests[1].num_computed_tokens = 4;  // positions 4, 5, 6
