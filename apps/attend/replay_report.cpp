@@ -103,6 +103,7 @@ nlohmann::ordered_json to_json(const ReplayReport& report) {
                   {"p99", serving::step_percentile_ms(r.steps, 99)}};
   j["backend"] = r.backend;
   j["model"] = report.model.name;
+  j["num_q_heads"] = report.model.num_q_heads;
   j["isa"] = to_string(active_isa());
   j["kernels"] = to_string(kernel_choice().source);
   j["kernel_level"] = to_string(r.isa);
@@ -114,8 +115,9 @@ nlohmann::ordered_json to_json(const ReplayReport& report) {
 void print_table(const ReplayReport& report, std::FILE* out) {
   const serving::ReplayResult& r = report.result;
   fmt::print(out, "{:<18}{} ({})\n", "trace", report.trace.name, report.trace.format);
-  fmt::print(out, "{:<18}{}, {} layer{}, {}\n", "model", report.model.name, report.num_layers,
-             report.num_layers == 1 ? "" : "s", to_string(r.dtype));
+  fmt::print(out, "{:<18}{}, {} layer{}, {} query heads, {}\n", "model", report.model.name,
+             report.num_layers, report.num_layers == 1 ? "" : "s", report.model.num_q_heads,
+             to_string(r.dtype));
   fmt::print(out, "{:<18}{}, kernels {}{}, {} arithmetic, {} thread{}\n", "back end", r.backend,
              to_string(r.isa), kernel_choice().source == ChoiceSource::file ? " (as measured)" : "",
              arithmetic_name(r.isa, r.kernel_kind), report.threads, report.threads == 1 ? "" : "s");

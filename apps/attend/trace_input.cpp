@@ -42,7 +42,7 @@ serving::Trace load_trace(const TraceInput& input, std::uint64_t seed) {
 std::string model_list() {
   std::string text = "\nModels:\n";
   for (const serving::ModelPreset& m : serving::model_presets()) {
-    text += fmt::format("  {:<14}{}\n", m.name, m.description);
+    text += fmt::format("  {:<18}{}\n", m.name, m.description);
   }
   return text;
 }

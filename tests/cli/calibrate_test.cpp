@@ -133,6 +133,7 @@ TEST_F(CalibrateCommand, BadOptionsAreRefusedBeforeTheRun) {
   expect_refused(kSmall + "--output " + path("no/such/folder/a"), "no/such/folder");
   expect_refused("calibrate synthetic --model nobody --output " + path("a"), "llama-3.1-8b");
   expect_refused("calibrate synthetic --model bert-base --output " + path("a"), "with a cache");
+  expect_refused("calibrate synthetic --model deepseek-v3 --output " + path("a"), "no latents");
   expect_refused("calibrate synthetic --layers 0 --output " + path("a"), "layers");
   expect_refused("calibrate no/such/trace --output " + path("a"), "no/such/trace");
   EXPECT_TRUE(std::filesystem::is_empty(folder_.path()));

@@ -152,6 +152,34 @@ TEST(ReplayCommand, Int8CachesAreChecked) {
   }
 }
 
+TEST(ReplayCommand, ModelsWithLatentAttentionAreChecked) {
+  for (const auto& [cache, row_bytes] :
+       {std::pair<std::string, int>{"auto", 1152}, {"fp8_e5m2", 576}, {"fp8_ds_mla", 656}}) {
+    if (cache != "fp8_ds_mla" && scaled(1, 0) == 0) continue;
+    const CliResult r =
+        run_cli(kSmall + "--model deepseek-v3 --heads 2 --check 30 --max-num-seqs 2 " +
+                "--json - --kv-cache-dtype " + cache);
+    ASSERT_EQ(r.exit_code, 0) << r.err;
+    const auto j = nlohmann::json::parse(r.out);
+    EXPECT_EQ(j.at("backend"), "FLASH_ATTN_MLA");
+    EXPECT_EQ(j.at("num_q_heads"), 2);
+    EXPECT_EQ(j.at("check").at("rows"), 30);
+    EXPECT_EQ(j.at("check").at("failed"), 0);
+    EXPECT_GT(j.at("prefix_hit_tokens"), 0);
+    EXPECT_EQ(j.at("kv_cache").at("block_bytes"),
+              j.at("kv_cache").at("block_size").get<int>() * row_bytes);
+  }
+}
+
+TEST(ReplayCommand, HeadsReplaceThoseOfTheModel) {
+  const CliResult r = run_cli(kSmall + "--heads 8 --check 10 --json -");
+  ASSERT_EQ(r.exit_code, 0) << r.err;
+  const auto j = nlohmann::json::parse(r.out);
+  EXPECT_EQ(j.at("num_q_heads"), 8);
+  EXPECT_EQ(j.at("check").at("failed"), 0);
+  EXPECT_THAT(r.err, HasSubstr("8 query heads"));
+}
+
 TEST(ReplayCommand, ScalesThatDoNotFitAreOneLineAndExitCodeTwo) {
   const CalibratedScales scales("--layers 2");
   const std::string level1 = kSmall + "--kv-cache-dtype int8_level1 ";
@@ -176,6 +204,11 @@ TEST(ReplayCommand, BadInputIsOneLineAndExitCodeTwo) {
        {std::pair<std::string, std::string>{"replay no/such/trace.csv", "no/such/trace.csv"},
         {"replay synthetic:colour=red", "colour"},
         {kSmall + "--model nobody", "llama-3.1-8b"},
+        {kSmall + "--heads 12", "from 1 to 1024, a multiple of the 8 kv heads"},
+        {kSmall + "--heads 0 --model deepseek-v3", "heads': expected from 1 to 1024, got 0"},
+        {kSmall + "--model deepseek-v3 --heads 2 --kv-cache-dtype fp8_ds_mla --dtype f16",
+         "fp8_ds_mla"},
+        {kSmall + "--kv-cache-dtype fp8_ds_mla", "fp8_ds_mla"},
         {kSmall + "--num-blocks 1", "has 1"},
         {kSmall + "--num-encoder-blocks 1", "cross attention"},
         {kSmall + "--model whisper-large-v3 --num-encoder-blocks 93", "has 93"},

@@ -115,6 +115,10 @@ ordered_json calibrate(const Options& o, std::FILE* to) {
     throw InvalidArgument("calibrate", "--model", "a model with a cache",
                           fmt::format("'{}'", o.model));
   }
+  if (model.mla) {
+    throw InvalidArgument("calibrate", "--model", "a model whose cache holds values, no latents",
+                          fmt::format("'{}'", o.model));
+  }
   std::unique_ptr<Executor> own_pool;
   if (o.threads) own_pool = make_thread_pool(*o.threads);
   config.executor = own_pool ? own_pool.get() : &default_executor();

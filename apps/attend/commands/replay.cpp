@@ -29,14 +29,16 @@ struct ReplayOptions {
   std::string cascade = "auto";
   std::string arithmetic = "automatic";
   std::string value_scales;
+  std::optional<int> heads;
   std::optional<int> threads;
   std::string json_path;
   serving::ReplayConfig config;  // the options that need no parsing go straight in
 };
 
 constexpr std::string_view kHelp = R"(
-Queries, keys and values are generated from the seed, so no model weights are needed and any row can
-be computed again: --check N recomputes N random rows in float64 without looking at the cache.
+Queries, keys and values are generated from the seed, and so are the weights that make keys and values
+of latents, so no model is needed and any row can be computed again: --check N recomputes N random
+rows in float64 without looking at the cache.
 
 What the numbers mean:
   back end     the level of the kernels and the arithmetic of the decoder's layers: exact, fast,
@@ -61,6 +63,7 @@ Examples:
   attend calibrate synthetic --layers 1 --output scales.safetensors
   attend replay synthetic --kv-cache-dtype int8_level1 --value-scales scales.safetensors --check 100
   attend replay synthetic --arithmetic exact --check 100
+  attend replay synthetic --model deepseek-v3 --heads 16 --kv-cache-dtype fp8_ds_mla --check 100
   attend replay trace.jsonl --scale-lengths 0.1 --num-blocks 2000 --check 200
 
 Exit code: 0 done, 1 a checked row was wrong, 2 bad option or trace.
@@ -75,6 +78,10 @@ void add_options(CLI::App& command, ReplayOptions& o) {
     return command.add_option(name, value, help)->type_name(type);
   };
   option("--model", o.model, "Model preset, see below", "NAME")->capture_default_str();
+  option("--heads", o.heads,
+         "Query heads instead of the model's, for machines that the model is too large for: a "
+         "multiple of its kv heads, at most 1024",
+         "N");
   option("--backend", c.backend, "auto or the name of a back end (attend backends)", "NAME")
       ->capture_default_str();
   option("--layers", c.num_layers,
@@ -96,10 +103,12 @@ void add_options(CLI::App& command, ReplayOptions& o) {
          "within a quarter of the free memory",
          "N");
   option("--dtype", o.dtype, "f32, f16 or bf16; default: the model's", "D");
-  option("--kv-cache-dtype", c.kv_cache_dtype,
-         "Type of the cache: auto (= --dtype), fp8_e4m3, fp8_e5m2, int8_level1 (int8 keys and "
-         "values), int8_level2 (int8 keys, 16-bit values) or int8_per_token_head",
-         "D")
+  option(
+      "--kv-cache-dtype", c.kv_cache_dtype,
+      "Type of the cache: auto (= --dtype), fp8_e4m3, fp8_e5m2, int8_level1 (int8 keys and "
+      "values), int8_level2 (int8 keys, 16-bit values) or int8_per_token_head; models with latent "
+      "attention: auto, fp8_e4m3, fp8_e5m2 or fp8_ds_mla (rows of 656 bytes)",
+      "D")
       ->capture_default_str();
   option("--value-scales", o.value_scales,
          "Scales of the values, from attend calibrate with the same --model and --layers: for "
@@ -153,7 +162,8 @@ bench::Ceilings measure_ceilings(const serving::ReplayResult& result, Executor& 
 
 void run(ReplayOptions o) {
   serving::ReplayConfig& config = o.config;
-  const serving::ModelPreset& model = serving::find_model(o.model);
+  serving::ModelPreset model = serving::find_model(o.model);
+  if (o.heads) model = serving::with_query_heads(model, *o.heads);
   config.model = &model;
   config.dtype = parse_choice("dtype", o.dtype, &parse_dtype, "f32, f16 or bf16");
   config.kv_layout = parse_choice("kv-layout", o.kv_layout, &parse_kv_layout, "nhd or hnd");
