@@ -91,7 +91,7 @@ const std::vector<Spoilt> kTensors{
     {"heads of v", "v", kRagged, [](A& a, P&) { a.v = a.v.slice(1, 0, 1); }},
     {"rows of v", "v", kRagged, [](A& a, P&) { a.v.shape[0] -= 1; }},
     {"head_dim not a multiple of 8", "q", kRagged, [](A& a, P&) { a.q.shape[2] = 12; }},
-    {"head_dim of 264", "q", kRagged, [](A& a, P&) { a.q.shape[2] = 264; }},
+    {"head_dim of 584", "q", kRagged, [](A& a, P&) { a.q.shape[2] = 584; }},
     {"head_dim of 0", "q", kRagged, [](A& a, P&) { a.q.shape[2] = 0; }},
     {"head_dim of k", "k", kRagged, [](A& a, P&) { a.k.shape[2] = 8; }},
     {"head_dim_v not a multiple of 8", "v", kRagged, [](A& a, P&) { a.v.shape[2] = 20; }},

@@ -28,7 +28,8 @@ class Cutter {
     close();
     for (int r = requests_.begin; r < requests_.end; ++r) {
       const std::int32_t begin = whole_pieces(r);
-      const std::int32_t keys = requests_.seq_lens[static_cast<std::size_t>(r)] - begin;
+      const std::int32_t keys =
+          query_len(r) == 0 ? 0 : requests_.seq_lens[static_cast<std::size_t>(r)] - begin;
       if (room() < keys) close();
       add(r, begin, keys, true);
     }
@@ -37,11 +38,15 @@ class Cutter {
   }
 
  private:
-  /// Keys of the context of a request that lie in whole pieces.
-  std::int32_t whole_pieces(int r) const {
+  std::int32_t query_len(int r) const {
     const auto i = static_cast<std::size_t>(r);
-    const std::int32_t query_len = requests_.query_start_loc[i + 1] - requests_.query_start_loc[i];
-    return (requests_.seq_lens[i] - query_len) / kPieceSize * kPieceSize;
+    return requests_.query_start_loc[i + 1] - requests_.query_start_loc[i];
+  }
+  /// Keys of the context of a request that lie in whole pieces; none if nothing asks for them.
+  std::int32_t whole_pieces(int r) const {
+    if (query_len(r) == 0) return 0;
+    const std::int32_t seq_len = requests_.seq_lens[static_cast<std::size_t>(r)];
+    return (seq_len - query_len(r)) / kPieceSize * kPieceSize;
   }
   std::int64_t room() const { return open_ ? max_keys_ - steps_.back().num_keys() : max_keys_; }
   void close() { open_ = false; }

@@ -31,8 +31,8 @@ struct PrefillRequests {
 
 /// Cuts contexts into chunks of whole pieces, so that every key lies in the piece in which one call
 /// over all keys would have it, then the rest of each request: what is left of its context and its
-/// new tokens. A step has at most `max_keys` keys, unless one request's rest has more. Plans are
-/// left empty. @pre max_keys >= kPieceSize.
+/// new tokens. Of a request without query tokens nothing is read. A step has at most `max_keys`
+/// keys, unless one request's rest has more. Plans are left empty. @pre max_keys >= kPieceSize.
 std::vector<PrefillStep> cut_prefill(const PrefillRequests& requests, std::int64_t max_keys);
 
 }  // namespace attend::mla
