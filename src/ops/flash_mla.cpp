@@ -36,6 +36,9 @@ void check_tensors(const FlashMlaWithKvCacheArgs& a) {
   check::require(
       a.head_dim_v > 0 && a.head_dim_v % 8 == 0 && a.head_dim_v <= most, {kOp, "head_dim_v"},
       [&] { return fmt::format("a multiple of 8 in [8, {}]", most); }, a.head_dim_v);
+  if (a.softmax_scale)
+    check::require(std::isfinite(*a.softmax_scale) && *a.softmax_scale > 0.0F,
+                   {kOp, "softmax_scale"}, "a finite value > 0", *a.softmax_scale);
   check::tensor({kOp, "out"}, a.out, 4, {a.q.dtype});
   check::shape({kOp, "out"}, a.out, {a.q.shape[0], a.q.shape[1], a.q.shape[2], a.head_dim_v});
   check::tensor({kOp, "lse"}, a.lse, 3, {DType::f32});
@@ -54,6 +57,19 @@ void check_tensors(const FlashMlaWithKvCacheArgs& a) {
       if (input.defined()) check::no_overlap({kOp, name}, t, other, input);
   }
   check::no_overlap({kOp, "lse"}, a.lse, "out", a.out);
+}
+
+/// Lengths that the table has room for.
+std::span<const std::int32_t> checked_lengths(const FlashMlaWithKvCacheArgs& a) {
+  const auto lengths = check::i32_array({kOp, "cache_seqlens"}, a.cache_seqlens, a.q.shape[0]);
+  check::tensor({kOp, "block_table"}, a.block_table, 2, {DType::i32});
+  const std::int64_t most = a.block_table.shape[1] * kBlockSize;
+  for (std::size_t r = 0; r < lengths.size(); ++r)
+    check::require(
+        lengths[r] >= 0 && lengths[r] <= most, {kOp, "cache_seqlens"},
+        [&] { return fmt::format("from 0 to {} at index {}, the room of a table's row", most, r); },
+        lengths[r]);
+  return lengths;
 }
 
 /// A schedule of other lengths belongs to another batch.
@@ -89,7 +105,7 @@ void check_schedule(const FlashMlaWithKvCacheArgs& a, std::span<const std::int32
 AttentionPlan make_plan(const FlashMlaWithKvCacheArgs& a, int num_workers,
                         const KernelOptions& kernels) {
   const auto num_reqs = a.q.shape[0];
-  const auto lengths = check::i32_array({kOp, "cache_seqlens"}, a.cache_seqlens, num_reqs);
+  const auto lengths = checked_lengths(a);
   check_schedule(a, lengths);
   std::vector<std::int32_t> query_start;
   for (std::int64_t r = 0; r <= num_reqs; ++r)
@@ -145,7 +161,6 @@ void flash_mla_with_kvcache(const FlashMlaWithKvCacheArgs& args, Executor* execu
   AttentionParams params;
   params.scale = args.softmax_scale.value_or(1.0F / std::sqrt(static_cast<float>(args.q.shape[3])));
   params.causal = args.causal;
-  ops::check_params(kOp, params, plan.num_reqs(), plan.num_q_heads);
   ConstTensorView cache = args.k_cache.select(2, 0);
   ops::check_block_table(kOp, args.block_table, plan, kBlockSize, cache.shape[0]);
   ops::check_arithmetic(kOp, plan, args.q.dtype, cache.dtype, cache.dtype);

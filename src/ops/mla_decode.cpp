@@ -108,6 +108,10 @@ void check_tensors(const MlaDecodeArgs& a) {
 
 void check_planned(const MlaDecodeArgs& a, const AttentionPlan& plan, Workspace workspace,
                    const Executor& executor) {
+  check::require(
+      a.out.shape[2] == plan.head_dim_v, {kOp, "out"},
+      [&] { return fmt::format("a last dimension of {}, as planned", plan.head_dim_v); },
+      a.out.shape[2]);
   ops::check_planned_shape(kOp, plan, {a.q, plan.num_kv_heads, a.out.shape[2], a.params});
   ops::check_planned_lengths(kOp, "query_start_loc", a.query_start_loc, plan.query_start_loc);
   ops::check_planned_lengths(kOp, "seq_lens", a.seq_lens, plan.seq_lens);
