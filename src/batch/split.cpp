@@ -17,12 +17,15 @@ DecodePrefillSplit all_decodes(const CommonMetadata& m) noexcept {
 // Index of the first request that counts as prefill; num_reqs = none.
 int first_prefill(const CommonMetadata& m, const SplitOptions& o) noexcept {
   const int first_len = m.query_len(0);
+  const auto is_fresh = [&](int r) {
+    return o.fresh_prompts_are_prefills && m.query_len(r) > 0 && m.num_computed_tokens(r) == 0;
+  };
   if (first_len > o.decode_threshold) return 0;
   const auto is_uniform_or_padding = [&](int r) {
     const int len = m.query_len(r);
     return len == first_len || len == 0;
   };
-  if (o.require_uniform && o.treat_short_extends_as_decodes) {
+  if (o.require_uniform && o.treat_short_extends_as_decodes && !o.fresh_prompts_are_prefills) {
     bool all_uniform = true;
     for (int r = 0; r < m.num_reqs; ++r) all_uniform = all_uniform && is_uniform_or_padding(r);
     if (all_uniform) return m.num_reqs;
@@ -32,7 +35,7 @@ int first_prefill(const CommonMetadata& m, const SplitOptions& o) noexcept {
     const bool too_long = o.require_uniform ? len != first_len : len > o.decode_threshold;
     const bool prefilling =
         !o.treat_short_extends_as_decodes && m.is_prefilling[static_cast<std::size_t>(r)] != 0;
-    if (too_long || prefilling) return r;
+    if (too_long || prefilling || is_fresh(r)) return r;
   }
   return m.num_reqs;
 }
@@ -62,8 +65,9 @@ DecodePrefillSplit split_decodes_and_prefills(const CommonMetadata& m, const Spl
         m.is_prefilling.size());
   }
   if (m.num_reqs == 0) return all_decodes(m);
-  const bool any_short_batch_is_decode =
-      o.treat_short_extends_as_decodes && (!o.require_uniform || o.decode_threshold <= 1);
+  const bool any_short_batch_is_decode = o.treat_short_extends_as_decodes &&
+                                         !o.fresh_prompts_are_prefills &&
+                                         (!o.require_uniform || o.decode_threshold <= 1);
   if (any_short_batch_is_decode && m.max_query_len <= o.decode_threshold) return all_decodes(m);
 
   const int decodes = first_prefill(m, o);

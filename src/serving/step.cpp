@@ -133,8 +133,8 @@ std::vector<StepToken> make_step_tokens(const RequestBatch& batch) {
 
 void mark_mla_decodes(const CommonMetadata& batch, int decode_threshold,
                       std::vector<StepToken>& tokens) {
-  const DecodePrefillSplit split =
-      split_decodes_and_prefills(batch, {.decode_threshold = decode_threshold});
+  const DecodePrefillSplit split = split_decodes_and_prefills(
+      batch, {.decode_threshold = decode_threshold, .fresh_prompts_are_prefills = true});
   for (std::size_t t = 0; t < tokens.size(); ++t)
     tokens[t].mla_decode = t < static_cast<std::size_t>(split.num_decode_tokens);
 }

@@ -44,7 +44,7 @@ struct StepToken {
 };
 std::vector<StepToken> make_step_tokens(const RequestBatch& batch);
 /// Sets StepToken::mla_decode as MLA back ends divide the batch that the tokens are of: those of
-/// its first requests whose queries are no longer than `decode_threshold`.
+/// its first requests that have computed tokens and no more than `decode_threshold` new ones.
 void mark_mla_decodes(const CommonMetadata& batch, int decode_threshold,
                       std::vector<StepToken>& tokens);
 /// The tokens of an encoder batch.

@@ -102,6 +102,22 @@ TEST(SplitPrefillingTest, UniformBatchesHaveNoPaddingRule) {
   EXPECT_EQ(split_decodes_and_prefills(m, o), (Split{2, 1, 6, 0}));
 }
 
+TEST(SplitFreshTest, PromptsWithoutComputedTokensArePrefills) {
+  CommonMetadata m = batch({1, 2, 2, 0, 1});
+  const SplitOptions fresh{.decode_threshold = 4, .fresh_prompts_are_prefills = true};
+  EXPECT_EQ(split_decodes_and_prefills(m, fresh), (Split{5, 0, 6, 0}));
+  m.seq_lens[2] = 2;
+  EXPECT_EQ(split_decodes_and_prefills(m, fresh), (Split{2, 3, 3, 3}));
+  EXPECT_EQ(split_decodes_and_prefills(m, {.decode_threshold = 4}), (Split{5, 0, 6, 0}));
+  // Alone, too; a row without tokens is padding and no prompt.
+  m = batch({2});
+  m.seq_lens[0] = 2;
+  EXPECT_EQ(split_decodes_and_prefills(m, fresh), (Split{0, 1, 0, 2}));
+  m = batch({1, 0});
+  m.seq_lens[1] = 0;
+  EXPECT_EQ(split_decodes_and_prefills(m, fresh), (Split{2, 0, 1, 0}));
+}
+
 TEST(SplitErrorTest, RefusesBadInput) {
   CommonMetadata m = batch({1, 1});
   EXPECT_THROW(split_decodes_and_prefills(m, {.treat_short_extends_as_decodes = false}),

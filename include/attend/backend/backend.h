@@ -95,8 +95,9 @@ struct MlaBuilderConfig {
   int max_num_seqs = 0;            ///< requests of the largest batch, >= 1
   /// In the place of that number; a piece of kPieceSize keys and a block at least. 0 = off.
   std::int64_t workspace_tokens = 0;
-  /// Longest query (inclusive) that takes the decode path; 0 = kMlaDecodeThreshold, or one token
-  /// and the speculative ones if that is more.
+  /// Longest query (inclusive) that takes the decode path, if its request has computed tokens and
+  /// stands before all that take the other; 0 = kMlaDecodeThreshold, or one token and the
+  /// speculative ones if that is more.
   int decode_threshold = 0;
   /// false: tokens of a prompt (CommonMetadata::is_prefilling, then required) take the prefill path
   /// however few there are in a step. A prompt's rows have the same bits then however it is cut.

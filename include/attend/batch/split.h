@@ -21,6 +21,9 @@ struct SplitOptions {
   int decode_threshold = 1;      ///< longest query (inclusive) that counts as decode; >= 1
   bool require_uniform = false;  ///< decodes must all have the first request's query length (or 0)
   bool treat_short_extends_as_decodes = true;  ///< false: rows with is_prefilling set are prefills
+  /// Requests without computed tokens are prefills however short. In the order of reorder_swaps() a
+  /// request's side then depends on its own lengths alone.
+  bool fresh_prompts_are_prefills = false;
 };
 
 /// Splits a batch that is ordered decodes first. Everything from the first prefill on counts as

@@ -113,7 +113,8 @@ class MlaBuilder final : public MetadataBuilder {
     m->seq_lens.assign(batch.seq_lens.begin(), batch.seq_lens.begin() + batch.num_reqs);
     m->split = split_decodes_and_prefills(
         batch, {.decode_threshold = *reorder_batch_threshold(),
-                .treat_short_extends_as_decodes = mla.short_extends_decode});
+                .treat_short_extends_as_decodes = mla.short_extends_decode,
+                .fresh_prompts_are_prefills = true});
     set_tables(*m, batch.block_table, batch.slot_mapping, kBuildOp);
     plan_decodes(*m, batch);
     plan_prefills(*m, batch);

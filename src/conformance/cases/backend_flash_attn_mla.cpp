@@ -259,12 +259,14 @@ class MlaBackendCase final : public Case {
     });
   }
 
-  /// Requests from the first long one on take the prefill path.
+  /// Requests from the first long or fresh one on take the prefill path.
   int num_decodes() const {
     const int threshold = threshold_ == 0 ? 128 : threshold_;
-    int r = 0;
-    while (r < batch_.num_reqs && batch_.query_len(r) <= threshold) ++r;
-    return r;
+    for (int r = 0; r < batch_.num_reqs; ++r) {
+      const int query = batch_.query_len(r);
+      if (query > threshold || (query > 0 && batch_.num_computed_tokens(r) == 0)) return r;
+    }
+    return batch_.num_reqs;
   }
 
   void compute_expected() {
