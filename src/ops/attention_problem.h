@@ -8,6 +8,9 @@
 
 /// What flash_attn_varlen and flash_attn_with_kvcache share: checks that turn arguments into a
 /// trusted problem, and running a plan over it.
+namespace attend {
+struct MlaDecodeArgs;
+}
 namespace attend::ops {
 
 /// A cache or ragged K/V pair, as the caller gave it.
@@ -86,6 +89,10 @@ cpu::AttentionProblem base_problem(const AttentionParams& params, const Attentio
 /// Where queries and results lie: [T, Hq, D], [T, Hq, Dv] or undefined, [T, Hq] or undefined.
 void place_rows(cpu::AttentionProblem& problem, const ConstTensorView& q, const TensorView& out,
                 const TensorView& lse);
+
+/// Checks all of mla_decode's tensors that no plan is needed for: not the lengths and the block
+/// table. `op`: name that errors carry.
+void check_mla_decode(std::string_view op, const MlaDecodeArgs& args);
 
 /// Where the rows of a latent cache lie, [num_blocks, block_size, E or bytes].
 void place_latents(cpu::AttentionProblem& problem, const ConstTensorView& cache,

@@ -18,48 +18,48 @@ constexpr int kLeastGroupHeads = 16;
 
 bool is_ds_mla(const MlaDecodeArgs& a) { return a.kv_cache.dtype == DType::u8; }
 
-void check_types(const MlaDecodeArgs& a) {
+void check_types(std::string_view op, const MlaDecodeArgs& a) {
   if (is_ds_mla(a)) {
-    check::tensor({kOp, "q"}, a.q, 3, {DType::bf16});
+    check::tensor({op, "q"}, a.q, 3, {DType::bf16});
   } else {
-    check::tensor({kOp, "q"}, a.q, 3, {DType::f32, DType::f16, DType::bf16});
+    check::tensor({op, "q"}, a.q, 3, {DType::f32, DType::f16, DType::bf16});
   }
-  check::tensor({kOp, "kv_cache"}, a.kv_cache, 3,
+  check::tensor({op, "kv_cache"}, a.kv_cache, 3,
                 {a.q.dtype, DType::fp8_e4m3, DType::fp8_e5m2, DType::u8});
-  check::tensor({kOp, "out"}, a.out, 3, {a.q.dtype});
+  check::tensor({op, "out"}, a.out, 3, {a.q.dtype});
 }
 
-void check_shapes(const MlaDecodeArgs& a) {
+void check_shapes(std::string_view op, const MlaDecodeArgs& a) {
   const std::int64_t dim = a.q.shape[2];
-  check::require(a.q.shape[1] > 0, {kOp, "q"}, "at least 1 head", [&] { return describe(a.q); });
+  check::require(a.q.shape[1] > 0, {op, "q"}, "at least 1 head", [&] { return describe(a.q); });
   check::require(
-      dim > 0 && dim % 8 == 0 && dim <= kMaxHeadDimQk, {kOp, "q"},
+      dim > 0 && dim % 8 == 0 && dim <= kMaxHeadDimQk, {op, "q"},
       [] {
         return fmt::format("a last dimension that is a multiple of 8 in [8, {}]", kMaxHeadDimQk);
       },
       dim);
   if (is_ds_mla(a)) {
-    check::shape({kOp, "q"}, a.q, {-1, -1, fp8_ds_mla::kDim});
-    check::shape({kOp, "kv_cache"}, a.kv_cache, {-1, -1, fp8_ds_mla::kRowBytes});
-    check::shape({kOp, "out"}, a.out, {a.q.shape[0], a.q.shape[1], fp8_ds_mla::kLatent});
+    check::shape({op, "q"}, a.q, {-1, -1, fp8_ds_mla::kDim});
+    check::shape({op, "kv_cache"}, a.kv_cache, {-1, -1, fp8_ds_mla::kRowBytes});
+    check::shape({op, "out"}, a.out, {a.q.shape[0], a.q.shape[1], fp8_ds_mla::kLatent});
   } else {
-    check::shape({kOp, "kv_cache"}, a.kv_cache, {-1, -1, dim});
-    check::shape({kOp, "out"}, a.out, {a.q.shape[0], a.q.shape[1], -1});
+    check::shape({op, "kv_cache"}, a.kv_cache, {-1, -1, dim});
+    check::shape({op, "out"}, a.out, {a.q.shape[0], a.q.shape[1], -1});
     const std::int64_t latent = a.out.shape[2], most = std::min<std::int64_t>(dim, kMaxHeadDimV);
     check::require(
-        latent > 0 && latent % 8 == 0 && latent <= most, {kOp, "out"},
+        latent > 0 && latent % 8 == 0 && latent <= most, {op, "out"},
         [&] { return fmt::format("a last dimension that is a multiple of 8 in [8, {}]", most); },
         latent);
   }
   for (const auto& [name, t] : {std::pair<const char*, ConstTensorView>{"q", a.q},
                                 {"kv_cache", a.kv_cache},
                                 {"out", a.out}})
-    check::unit_last_stride({kOp, name}, t);
-  ops::check_block_size(kOp, "kv_cache", a.kv_cache);
+    check::unit_last_stride({op, name}, t);
+  ops::check_block_size(op, "kv_cache", a.kv_cache);
 }
 
-void check_kv_scale(const MlaDecodeArgs& a) {
-  const check::Where where{kOp, "kv_scale"};
+void check_kv_scale(std::string_view op, const MlaDecodeArgs& a) {
+  const check::Where where{op, "kv_scale"};
   if (!is_fp8(a.kv_cache.dtype)) {
     check::require(!a.kv_scale.defined(), where,
                    "undefined: kv_cache has no fp8 codes of one scale", "a tensor");
@@ -73,9 +73,9 @@ void check_kv_scale(const MlaDecodeArgs& a) {
   check::require(std::isfinite(scale) && scale > 0.0F, where, "a finite value > 0", scale);
 }
 
-void check_written(const MlaDecodeArgs& a) {
+void check_written(std::string_view op, const MlaDecodeArgs& a) {
   const auto check_one = [&](std::string_view name, const TensorView& t) {
-    const check::Where where{kOp, name};
+    const check::Where where{op, name};
     check::distinct_elements(where, t);
     for (const auto& [other, input] : {std::pair<const char*, ConstTensorView>{"q", a.q},
                                        {"kv_cache", a.kv_cache},
@@ -90,20 +90,10 @@ void check_written(const MlaDecodeArgs& a) {
   };
   check_one("out", a.out);
   if (!a.lse.defined()) return;
-  check::tensor({kOp, "lse"}, a.lse, 2, {DType::f32});
-  check::shape({kOp, "lse"}, a.lse, {a.q.shape[0], a.q.shape[1]});
+  check::tensor({op, "lse"}, a.lse, 2, {DType::f32});
+  check::shape({op, "lse"}, a.lse, {a.q.shape[0], a.q.shape[1]});
   check_one("lse", a.lse);
-  check::no_overlap({kOp, "lse"}, a.lse, "out", a.out);
-}
-
-/// Everything that needs no plan.
-void check_tensors(const MlaDecodeArgs& a) {
-  check_types(a);
-  check_shapes(a);
-  check_kv_scale(a);
-  check_written(a);
-  check::require(a.params.scale.has_value(), {kOp, "scale"},
-                 "a value (that of the model's heads before absorption)", "none");
+  check::no_overlap({op, "lse"}, a.lse, "out", a.out);
 }
 
 void check_planned(const MlaDecodeArgs& a, const AttentionPlan& plan, Workspace workspace,
@@ -132,6 +122,15 @@ cpu::AttentionProblem make_problem(const MlaDecodeArgs& a, const AttentionPlan& 
 }
 
 }  // namespace
+
+void ops::check_mla_decode(std::string_view op, const MlaDecodeArgs& a) {
+  check_types(op, a);
+  check_shapes(op, a);
+  check_kv_scale(op, a);
+  check_written(op, a);
+  check::require(a.params.scale.has_value(), {op, "scale"},
+                 "a value (that of the model's heads before absorption)", "none");
+}
 
 void ops::place_latents(cpu::AttentionProblem& p, const ConstTensorView& cache,
                         const ConstTensorView& block_table) {
@@ -169,7 +168,7 @@ AttentionPlan plan_mla_decode(AttentionPlanInput input) {
 
 void validate(const MlaDecodeArgs& args, const AttentionPlan& plan, Workspace workspace,
               const Executor& executor) {
-  check_tensors(args);
+  ops::check_mla_decode(kOp, args);
   check_planned(args, plan, workspace, executor);
 }
 
@@ -181,7 +180,7 @@ void mla_decode(const MlaDecodeArgs& args, const AttentionPlan& plan, Workspace 
 
 void mla_decode(const MlaDecodeArgs& args, Executor* executor, const KernelOptions& kernels) {
   Executor& run_on = executor != nullptr ? *executor : default_executor();
-  check_tensors(args);
+  ops::check_mla_decode(kOp, args);
   AttentionPlanInput in;
   in.op = kOp.data();
   in.query_start_loc = check::i32_array({kOp, "query_start_loc"}, args.query_start_loc, -1);

@@ -1,11 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-#include <algorithm>
 #include <cstddef>
-#include <cstring>
 
 #include "attend/dist/decode_context_parallel.h"
 #include "attend/ops/merge.h"
 #include "dist/dcp/attention_checks.h"
+#include "dist/dcp/gather_heads.h"
 #include "dist/dcp/reserve.h"
 #include "ops/attention_problem.h"
 
@@ -24,7 +23,7 @@ struct Part {
 
 /// Intermediate results of one call; a thread reuses the memory.
 struct Scratch {
-  Buffer own_q, gathered_q, all_q;
+  dcp::HeadBuffers queries;
   Buffer partial_out, partial_lse, context_out, context_lse, new_out, new_lse;
 };
 Scratch& thread_scratch() {
@@ -36,31 +35,6 @@ Part reserve_part(Buffer& out, Buffer& lse, const AttentionSizes& s, DType dtype
                   std::int64_t heads) {
   return {reserve(out, dtype, {s.tokens, heads, s.dim_v}),
           reserve(lse, DType::f32, {s.tokens, heads})};
-}
-
-/// Copies [T, H, D] with any strides of T and H.
-void copy_heads(const TensorView& to, const ConstTensorView& from) {
-  const std::size_t bytes = static_cast<std::size_t>(from.shape[2]) * size_of(from.dtype);
-  for (std::int64_t t = 0; t < from.shape[0]; ++t) {
-    for (std::int64_t h = 0; h < from.shape[1]; ++h) {
-      std::memcpy(to.select(0, t).select(0, h).data, from.select(0, t).select(0, h).data, bytes);
-    }
-  }
-}
-
-/// Step 1: the queries of all ranks' heads, [T, N * Hq, D].
-TensorView gather_queries(const ConstTensorView& q, const AttentionSizes& s, Communicator& comm) {
-  Scratch& scratch = thread_scratch();
-  const TensorView own = reserve(scratch.own_q, q.dtype, {s.tokens, s.heads, s.dim});
-  const TensorView gathered =
-      reserve(scratch.gathered_q, q.dtype, {s.ranks, s.tokens, s.heads, s.dim});
-  const TensorView all = reserve(scratch.all_q, q.dtype, {s.tokens, s.all_heads(), s.dim});
-  copy_heads(own, q);
-  comm.all_gather(own, gathered);
-  for (int r = 0; r < s.ranks; ++r) {
-    copy_heads(all.slice(1, r * s.heads, s.heads), gathered.select(0, r));
-  }
-  return all;
 }
 
 AttentionParams params_without_mask(const AttentionParams& params) {
@@ -134,7 +108,8 @@ void dcp_attention(const DcpAttentionArgs& a, Communicator& comm, Executor* exec
   const AttentionSizes s = dcp::check_attention(a, comm);
   const AttentionPlans plans = dcp::plan_attention_steps(a, s, run_on.num_workers(), kernels);
 
-  const TensorView all_q = gather_queries(a.q, s, comm);
+  // Step 1.
+  const TensorView all_q = dcp::gather_heads(a.q, comm, thread_scratch().queries);
   const Part partial = attend_to_context(a, all_q, plans.context, s, run_on);
   const Part context = combine_context(partial, a, s, comm);
   const Part fresh = attend_to_new_keys(a, plans, s, run_on);

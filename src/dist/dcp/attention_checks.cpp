@@ -11,21 +11,6 @@ namespace attend::dcp {
 namespace {
 
 constexpr std::string_view kOp = kAttentionOp;
-constexpr std::int64_t kMaxHeads = 1 << 15;  ///< a rank; far beyond any model, and safe to multiply
-
-void check_supported(const AttentionParams& params) {
-  std::vector<std::string> reasons;
-  if (params.window_left != -1 || params.window_right != -1) {
-    reasons.push_back("a window needs positions that a rank's part of the context does not have");
-  }
-  if (params.alibi_slopes.defined()) {
-    reasons.push_back("ALiBi needs positions that a rank's part of the context does not have");
-  }
-  if (params.sinks.defined()) {
-    reasons.push_back("a sink enters once, after the parts have merged, and no step here adds it");
-  }
-  if (!reasons.empty()) throw Unsupported(kOp, std::move(reasons));
-}
 
 void check_head_size(std::string_view name, std::int64_t size) {
   check::require(size > 0 && size % 8 == 0 && size <= 256, {kOp, name},
@@ -108,6 +93,20 @@ std::vector<HeadRun> head_runs(const AttentionSizes& s) {
 
 }  // namespace
 
+void check_supported(std::string_view op, const AttentionParams& params) {
+  std::vector<std::string> reasons;
+  if (params.window_left != -1 || params.window_right != -1) {
+    reasons.push_back("a window needs positions that a rank's part of the context does not have");
+  }
+  if (params.alibi_slopes.defined()) {
+    reasons.push_back("ALiBi needs positions that a rank's part of the context does not have");
+  }
+  if (params.sinks.defined()) {
+    reasons.push_back("a sink enters once, after the parts have merged, and no step here adds it");
+  }
+  if (!reasons.empty()) throw Unsupported(op, std::move(reasons));
+}
+
 AttentionSizes check_attention(const DcpAttentionArgs& a, const Communicator& comm) {
   check::tensor({kOp, "q"}, a.q, 3, {DType::f32, DType::f16, DType::bf16});
   check::unit_last_stride({kOp, "q"}, a.q);
@@ -139,7 +138,7 @@ AttentionSizes check_attention(const DcpAttentionArgs& a, const Communicator& co
       a.k_cache.shape[1] % a.interleave == 0, {kOp, "interleave"},
       [&] { return fmt::format("a divisor of the block size, {}", a.k_cache.shape[1]); },
       a.interleave);
-  check_supported(a.params);
+  check_supported(kOp, a.params);
   ops::check_params(kOp, a.params, 0, s.heads);
   check_written("out", a.out, a);
   if (a.lse.defined()) {

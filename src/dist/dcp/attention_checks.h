@@ -11,6 +11,9 @@ namespace attend::dcp {
 
 inline constexpr std::string_view kAttentionOp = "dcp_attention";
 
+/// Most heads of a rank: far beyond any model, and safe to multiply.
+inline constexpr std::int64_t kMaxHeads = 1 << 15;
+
 /// Sizes of a dcp_attention call.
 struct AttentionSizes {
   int ranks = 1, rank = 0;
@@ -31,6 +34,9 @@ struct AttentionPlans {
   std::vector<HeadRun> runs;            ///< of this rank's heads over the new keys
   std::vector<AttentionPlan> new_keys;  ///< one a run
 };
+
+/// @throws Unsupported with all reasons, if the parameters need what no rank has.
+void check_supported(std::string_view op, const AttentionParams& params);
 
 /// Checks dtypes, shapes, strides and overlap of every tensor. @throws InvalidArgument,
 /// Unsupported.

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
+#include <algorithm>
 #include <cstdint>
 #include <string_view>
 
@@ -24,6 +25,15 @@ inline int owner(std::int64_t position, const DcpLayout& layout) noexcept {
 
 inline std::int64_t local_index(std::int64_t position, const DcpLayout& layout) noexcept {
   return position / period(layout) * layout.interleave + position % layout.interleave;
+}
+
+/// How many of the positions [0, n) `rank` holds. Whole periods give `interleave` tokens to every
+/// rank; the rest fills rank after rank.
+inline std::int64_t local_count(std::int64_t n, int rank, const DcpLayout& layout) noexcept {
+  const std::int64_t whole = n / period(layout);
+  const std::int64_t rest = n - whole * period(layout);
+  const std::int64_t before = std::int64_t{rank} * layout.interleave;
+  return whole * layout.interleave + std::clamp<std::int64_t>(rest - before, 0, layout.interleave);
 }
 
 }  // namespace attend::dcp

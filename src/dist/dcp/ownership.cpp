@@ -29,15 +29,6 @@ void check_lengths(std::span<const std::int32_t> seq_lens, std::int64_t ranks,
       [&] { return fmt::format(">= 0 at index {}", bad - seq_lens.begin()); }, *bad);
 }
 
-/// Whole periods give `interleave` tokens to every rank; the rest fills rank after rank.
-std::int32_t local_length(std::int32_t seq_len, int rank, const DcpLayout& layout) noexcept {
-  const std::int64_t whole = seq_len / dcp::period(layout);
-  const std::int64_t rest = seq_len - whole * dcp::period(layout);
-  const std::int64_t before = std::int64_t{rank} * layout.interleave;
-  return static_cast<std::int32_t>(whole * layout.interleave +
-                                   std::clamp<std::int64_t>(rest - before, 0, layout.interleave));
-}
-
 }  // namespace
 
 namespace dcp {
@@ -87,7 +78,7 @@ void dcp_local_seq_lens(std::span<const std::int32_t> seq_lens, int rank, const 
   dcp::check_rank(kLengthsOp, rank, layout);
   check_lengths(seq_lens, 1, local);
   for (std::size_t i = 0; i < seq_lens.size(); ++i) {
-    local[i] = local_length(seq_lens[i], rank, layout);
+    local[i] = static_cast<std::int32_t>(dcp::local_count(seq_lens[i], rank, layout));
   }
 }
 
@@ -98,7 +89,7 @@ void dcp_local_seq_lens(std::span<const std::int32_t> seq_lens, const DcpLayout&
   std::size_t next = 0;
   for (const std::int32_t length : seq_lens) {
     for (int rank = 0; rank < layout.world_size; ++rank) {
-      local[next++] = local_length(length, rank, layout);
+      local[next++] = static_cast<std::int32_t>(dcp::local_count(length, rank, layout));
     }
   }
 }

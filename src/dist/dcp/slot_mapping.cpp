@@ -4,6 +4,7 @@
 #include "attend/dist/decode_context_parallel.h"
 #include "core/check.h"
 #include "dist/dcp/layout.h"
+#include "dist/dcp/request_checks.h"
 
 namespace attend {
 namespace {
@@ -15,21 +16,6 @@ struct Inputs {
   std::span<const std::int32_t> starts;
   std::int64_t virtual_block = 0;  ///< positions that a table entry covers, over all ranks
 };
-
-void check_starts(std::span<const std::int32_t> starts, std::size_t tokens) {
-  const check::Where where{kOp, "query_start_loc"};
-  check::require(!starts.empty() && starts[0] == 0, where, "0 at index 0", [&] {
-    return starts.empty() ? std::string("no entry") : check::text_of(starts[0]);
-  });
-  for (std::size_t r = 0; r + 1 < starts.size(); ++r) {
-    check::require(
-        starts[r + 1] >= starts[r], where,
-        [&] { return fmt::format("at least {} at index {}", starts[r], r + 1); }, starts[r + 1]);
-  }
-  check::require(
-      static_cast<std::size_t>(starts.back()) == tokens, where,
-      [&] { return fmt::format("{} at the end, the number of positions", tokens); }, starts.back());
-}
 
 /// Table entry of a token, checked.
 std::int64_t block_of(const DcpSlotMappingArgs& a, const Inputs& in, std::int64_t request,
@@ -62,7 +48,7 @@ Inputs checked_inputs(const DcpSlotMappingArgs& a) {
   in.positions = check::i64_array({kOp, "positions"}, a.positions, -1);
   in.starts = check::i32_array({kOp, "query_start_loc"}, a.query_start_loc, -1);
   in.virtual_block = std::int64_t{a.block_size} * a.layout.world_size;
-  check_starts(in.starts, in.positions.size());
+  dcp::check_starts(kOp, in.starts, static_cast<std::int64_t>(in.positions.size()));
   check::tensor({kOp, "block_table"}, a.block_table, 2, {DType::i32});
   check::shape({kOp, "block_table"}, a.block_table,
                {static_cast<std::int64_t>(in.starts.size()) - 1, -1});
