@@ -156,20 +156,25 @@ ForwardArgs MlaLayer::args(const std::vector<MlaStepRequest>& step) {
   return a;
 }
 
-MlaLayer::Rows MlaLayer::run(const std::vector<MlaStepRequest>& step) {
-  CommonMetadata m = batch(step);
-  HostTensor table(DType::i32, {static_cast<std::int64_t>(step.size()), blocks_of_request(setup)});
+MlaStep MlaLayer::prepare(const std::vector<MlaStepRequest>& step) {
+  const auto width = static_cast<std::int64_t>(blocks_of_request(setup));
+  MlaStep made{HostTensor(DType::i32, {static_cast<std::int64_t>(step.size()), width}), batch(step),
+               nullptr, args(step)};
   for (std::size_t r = 0; r < step.size(); ++r)
-    std::memcpy(table.view().select(0, static_cast<std::int64_t>(r)).data,
+    std::memcpy(made.block_table.view().select(0, static_cast<std::int64_t>(r)).data,
                 block_table.view().select(0, step[r].id).data,
-                sizeof(std::int32_t) * static_cast<std::size_t>(blocks_of_request(setup)));
-  m.block_table = table;
-  const auto metadata = builder->build(0, m);
-  workspace.reserve(metadata->workspace_bytes());
+                sizeof(std::int32_t) * static_cast<std::size_t>(width));
+  made.batch.block_table = made.block_table;
+  made.metadata = builder->build(0, made.batch);
+  workspace.reserve(made.metadata->workspace_bytes());
   std::memset(workspace.data(), 0xff, workspace.size());
-  ForwardArgs a = args(step);
-  a.workspace = workspace.workspace();
-  impl->forward(a, metadata.get());
+  made.args.workspace = workspace.workspace();
+  return made;
+}
+
+MlaLayer::Rows MlaLayer::run(const std::vector<MlaStepRequest>& step) {
+  const MlaStep made = prepare(step);
+  impl->forward(made.args, made.metadata.get());
 
   Rows rows;
   std::int64_t t = 0;

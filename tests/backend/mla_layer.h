@@ -34,6 +34,14 @@ struct MlaStepRequest {
   int query = 0;
 };
 
+/// What an engine makes of a step before it calls a layer.
+struct MlaStep {
+  HostTensor block_table;
+  CommonMetadata batch;
+  std::unique_ptr<Metadata> metadata;
+  ForwardArgs args;
+};
+
 /// One layer with its cache, driven as an engine does.
 class MlaLayer {
  public:
@@ -47,7 +55,9 @@ class MlaLayer {
 
   BuilderConfig builder_config() const;
   ImplConfig impl_config() const;
-  /// A batch as run() makes it, for tests that change it.
+  /// All that run() makes before it calls the layer.
+  MlaStep prepare(const std::vector<MlaStepRequest>& step);
+  /// A batch as run() makes it, without its block table.
   CommonMetadata batch(const std::vector<MlaStepRequest>& step) const;
   ForwardArgs args(const std::vector<MlaStepRequest>& step);
 

@@ -98,6 +98,17 @@ void check_dims(std::string_view op, const MlaDims& d, int num_heads, int num_kv
       head_size);
 }
 
+void check_format(std::string_view op, const MlaDims& d, KvFormat format) {
+  if (format != KvFormat::fp8_ds_mla) return;
+  const auto held = [&](std::string_view name, int value, int size) {
+    check::require(
+        value == size, {op, name}, [&] { return fmt::format("{}, as fp8_ds_mla rows have", size); },
+        value);
+  };
+  held("kv_lora_rank", d.kv_lora_rank, fp8_ds_mla::kLatent);
+  held("qk_rope_head_dim", d.qk_rope_head_dim, fp8_ds_mla::kRope);
+}
+
 void check_block_size(std::string_view op, int block_size) {
   check::require(
       block_size >= 1 && block_size % kBlockSizeMultiple == 0, {op, "block_size"},

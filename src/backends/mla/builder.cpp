@@ -50,6 +50,7 @@ void check_config(const BuilderConfig& c) {
   check::require(is_float_compute(m.dtype), at("mla.dtype"), "f32, f16 or bf16",
                  to_string(m.dtype));
   check_dims(kMakeOp, m.dims, c.num_q_heads, c.cache.num_kv_heads, c.cache.head_size);
+  check_format(kMakeOp, m.dims, c.cache.format);
   check_cache(c);
   check::require(c.attn_type == AttentionType::decoder, at("attn_type"), "decoder",
                  to_string(c.attn_type));
@@ -107,7 +108,7 @@ class MlaBuilder final : public MetadataBuilder {
     m->dims = mla.dims;
     m->num_heads = config_.num_q_heads;
     m->dtype = mla.dtype;
-    m->format = config_.cache.format;
+    m->stored = {config_.cache.dtype, config_.cache.format};
     m->prefill_backend = prefill_backend_;
     m->quant_output = mla.quant_output;
     m->seq_lens.assign(batch.seq_lens.begin(), batch.seq_lens.begin() + batch.num_reqs);

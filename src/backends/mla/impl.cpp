@@ -62,6 +62,7 @@ Layer make_layer(const ImplConfig& c) {
   Layer layer;
   layer.config = c;
   layer.stored = check_cache_type(c);
+  check_format(kMakeOp, weights.dims(), layer.stored.format);
   layer.scale =
       c.scale.value_or(1.0F / std::sqrt(static_cast<float>(weights.dims().qk_head_dim())));
   check::require(std::isfinite(layer.scale) && layer.scale > 0.0F, at("scale"),
@@ -106,23 +107,25 @@ class MlaImpl final : public Impl {
     const auto* m = dynamic_cast<const MlaMetadata*>(&metadata);
     check::require(m != nullptr, kWhere, "what a FLASH_ATTN_MLA builder made",
                    "another back end's");
-    const auto text = [](int heads, const MlaDims& d, DType dtype, KvFormat format,
+    const auto text = [](int heads, const MlaDims& d, DType dtype, const StoredKv& stored,
                          std::string_view prefill) {
-      return fmt::format("{} heads of {}/{}/{}/{}, {}, a {} cache, prefill {}", heads,
-                         d.kv_lora_rank, d.qk_nope_head_dim, d.qk_rope_head_dim, d.v_head_dim,
-                         to_string(dtype), to_string(format), prefill);
+      return fmt::format(
+          "{} heads of {}/{}/{}/{}, {}, a {} cache, prefill {}", heads, d.kv_lora_rank,
+          d.qk_nope_head_dim, d.qk_rope_head_dim, d.v_head_dim, to_string(dtype),
+          stored.format == KvFormat::plain ? to_string(stored.dtype) : to_string(stored.format),
+          prefill);
     };
     const bool same = m->dims == layer_.dims() && m->num_heads == layer_.config.num_q_heads &&
-                      m->dtype == layer_.config.dtype && m->format == layer_.stored.format &&
+                      m->dtype == layer_.config.dtype && m->stored == layer_.stored &&
                       m->prefill_backend == layer_.prefill_backend;
     check::require(
         same, kWhere,
         [&] {
-          return text(layer_.config.num_q_heads, layer_.dims(), layer_.config.dtype,
-                      layer_.stored.format, layer_.prefill_backend->name());
+          return text(layer_.config.num_q_heads, layer_.dims(), layer_.config.dtype, layer_.stored,
+                      layer_.prefill_backend->name());
         },
         [&] {
-          return text(m->num_heads, m->dims, m->dtype, m->format, m->prefill_backend->name());
+          return text(m->num_heads, m->dims, m->dtype, m->stored, m->prefill_backend->name());
         });
     return *m;
   }

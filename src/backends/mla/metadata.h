@@ -7,6 +7,7 @@
 #include "attend/backend/mla_prefill.h"
 #include "attend/batch/split.h"
 #include "attend/plan/attention_plan.h"
+#include "backends/common/kv_cache_dtype.h"
 #include "backends/mla/prefill_steps.h"
 
 namespace attend::mla {
@@ -37,7 +38,7 @@ struct MlaMetadata final : Metadata {
   MlaDims dims;
   int num_heads = 0;
   DType dtype = DType::bf16;  ///< of the layers
-  KvFormat format = KvFormat::plain;
+  StoredKv stored;            ///< in the cache
   const MlaPrefillBackend* prefill_backend = nullptr;
   int block_size = 0;
   ConstTensorView block_table;             ///< i32 [num_reqs, max_blocks], not owned
