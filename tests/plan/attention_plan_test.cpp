@@ -215,12 +215,28 @@ TEST(AttentionPlan, RefusesBadInput) {
   in.head_dim_qk = 12;
   expect_refused(in, "head_dim_qk");
   in = good.input(1);
-  in.head_dim_v = 264;
+  in.head_dim_v = 520;
   expect_refused(in, "head_dim_v");
+  in = good.input(1);
+  in.head_dim_qk = 584;
+  expect_refused(in, "head_dim_qk");
   in = good.input(1);
   in.window_left = -2;
   expect_refused(in, "window_left");
   expect_refused(good.input(0), "num_workers");
+}
+
+TEST(AttentionPlan, HasHeadsAsLargeAsThoseOfLatentAttention) {
+  const Batch batch = mixed();
+  AttentionPlanInput in = batch.input(7);
+  in.head_dim_qk = kMaxHeadDimQk;
+  in.head_dim_v = kMaxHeadDimV;
+  EXPECT_EQ(kMaxHeadDimQk, 576);
+  EXPECT_EQ(kMaxHeadDimV, 512);
+  const AttentionPlan plan = plan_attention(in);
+  for (const auto& [cell, times] : covered(plan)) ASSERT_EQ(times, 1);
+  // Larger heads, smaller units: what a unit holds must stay in L2.
+  EXPECT_LT(plan.max_unit_rows, plan_attention(batch.input(7)).max_unit_rows);
 }
 
 }  // namespace
