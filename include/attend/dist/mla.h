@@ -13,11 +13,9 @@
 ///
 ///   1. dcp_slot_mapping() of all new tokens, then concat_and_cache_mla() of all new rows: those of
 ///      other ranks have slot -1 and are skipped;
-///   2. decodes: absorb_query() of its own heads, dcp_mla_decode(), v_up_project() of its own
-///   heads;
-///   3. prefills: dcp_gather_latents() of a chunk of the context, then up_project() and attention
-///   of
-///      its own heads as on a single rank.
+///   2. decodes: absorb_query(), dcp_mla_decode() and v_up_project(), all for its own heads;
+///   3. prefills: dcp_gather_latents() of a chunk of the context, then up_project() and attention,
+///      for its own heads, as on a single rank.
 ///
 /// Both functions are collective calls: every rank makes them in the same order with the same
 /// lengths, interleave, combine and parameters. Nothing is sent or written before a rank's
