@@ -43,7 +43,8 @@ TEST(BenchCommand, ExactArithmeticHasCasesOfItsOwn) {
   for (const std::string& name : names) {
     if (name.ends_with("_exact")) continue;
     const bool choice = name.starts_with("prefill_bf16") || name.starts_with("prefill_f16") ||
-                        name.starts_with("short_batch_");
+                        name.starts_with("short_batch_") || name.starts_with("mla_prefill_") ||
+                        name.starts_with("mla_decode_");
     EXPECT_EQ(std::count(names.begin(), names.end(), name + "_exact"), choice ? 1 : 0) << name;
     with_exact += choice ? 1 : 0;
   }

@@ -236,7 +236,16 @@ TEST(AttentionPlan, HasHeadsAsLargeAsThoseOfLatentAttention) {
   const AttentionPlan plan = plan_attention(in);
   for (const auto& [cell, times] : covered(plan)) ASSERT_EQ(times, 1);
   // Larger heads, smaller units: what a unit holds must stay in L2.
-  EXPECT_LT(plan.max_unit_rows, plan_attention(batch.input(7)).max_unit_rows);
+  const std::vector<std::int32_t> query_start_loc{0, 4096}, seq_lens{4096};
+  AttentionPlanInput prompt;
+  prompt.query_start_loc = query_start_loc;
+  prompt.seq_lens = seq_lens;
+  prompt.num_q_heads = prompt.num_kv_heads = 4;
+  prompt.head_dim_qk = prompt.head_dim_v = 128;
+  const int usual = plan_attention(prompt).max_unit_rows;
+  prompt.head_dim_qk = kMaxHeadDimQk;
+  prompt.head_dim_v = kMaxHeadDimV;
+  EXPECT_LT(plan_attention(prompt).max_unit_rows, usual);
 }
 
 }  // namespace

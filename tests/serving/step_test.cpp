@@ -134,9 +134,9 @@ TEST(StepTensors, HoldLatentsAndRotatedKeysOfMla) {
 }
 
 TEST(StepTokens, OfMlaKnowTheirPath) {
-  const TwoRequests two;
-  const StepMetadata step = make_step_metadata(two.batch, 16);
+  TwoRequests two;
   const auto paths = [&](int decode_threshold) {
+    const StepMetadata step = make_step_metadata(two.batch, 16);
     auto tokens = make_step_tokens(two.batch);
     mark_mla_decodes(step.common, decode_threshold, tokens);
     std::vector<bool> decode;
@@ -144,6 +144,9 @@ TEST(StepTokens, OfMlaKnowTheirPath) {
     return decode;
   };
   EXPECT_THAT(paths(1), ElementsAre(true, false, false, false));
+  EXPECT_THAT(paths(2), ElementsAre(true, false, false, false));
+  EXPECT_THAT(paths(3), ElementsAre(true, false, false, false));  // the second one is fresh
+  two.batch.requests[1].num_computed_tokens = 4;
   EXPECT_THAT(paths(2), ElementsAre(true, false, false, false));
   EXPECT_THAT(paths(3), ElementsAre(true, true, true, true));
 }
