@@ -23,7 +23,7 @@ void fill_row(const TensorView& row, int id, int position, unsigned kind) {
   Rng rng((static_cast<std::uint64_t>(id) << 40) + (static_cast<std::uint64_t>(position) << 8) +
           kind);
   HostTensor values(row.dtype, {row.numel()});
-  values.fill_normal(rng);
+  values.fill_uniform(rng, -1.7F, 1.7F);  // of variance 1
   std::memcpy(row.data, values.view().data, values.bytes());
 }
 
@@ -37,7 +37,8 @@ MlaLayer::MlaLayer(const MlaSetup& s, Executor& run_on)
       cache(cache_dtype(s), find_backend(kBackend).kv_cache_shape(spec())),
       block_table(DType::i32, {kMaxRequests, blocks_of_request(s)}) {
   Rng rng(5);
-  weight.fill_normal(rng, 1.0F / std::sqrt(static_cast<float>(s.dims.kv_lora_rank)));
+  const float size = 1.7F / std::sqrt(static_cast<float>(s.dims.kv_lora_rank));
+  weight.fill_uniform(rng, -size, size);
   cache.fill_bytes(0xff);
   // Blocks of the requests take turns, the last ones first.
   const std::int32_t count = kMaxRequests * blocks_of_request(s);

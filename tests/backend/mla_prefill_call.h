@@ -6,6 +6,7 @@
 #include "attend/backend/mla_prefill.h"
 #include "attend/core/executor.h"
 #include "support/host_tensor.h"
+#include "support/scale.h"
 
 namespace attend::testing {
 
@@ -16,8 +17,8 @@ struct PrefillOptions {
   MlaDims dims = {512, 128, 64, 128};
   int num_heads = 2;
   std::optional<float> scale = std::nullopt;
-  std::vector<std::int32_t> query_lens = {1, 40, 300};
-  std::vector<std::int32_t> key_lens = {1, 40, 300};
+  std::vector<std::int32_t> query_lens = {1, 40, testing::scaled(300, 60)};
+  std::vector<std::int32_t> key_lens = {1, 40, testing::scaled(300, 60)};
   bool causal = true;  ///< a call over new tokens; false = over a chunk of context
   bool quant_output = false;
   int num_workers = 2;

@@ -91,7 +91,7 @@ INSTANTIATE_TEST_SUITE_P(
         BadCall<NewTokensArgs>{"k_head_size", "k", [](auto&, auto& a) { a.k.shape[2] = 128; }},
         BadCall<NewTokensArgs>{"k_stride", "k", [](auto&, auto& a) { a.k.strides[2] = 2; }},
         BadCall<NewTokensArgs>{"k_rows", "k",
-                               [](auto&, auto& a) { a.k.shape[0] = a.v.shape[0] = 340; }},
+                               [](auto&, auto& a) { a.k.shape[0] = a.v.shape[0] = 100; }},
         BadCall<NewTokensArgs>{"v_padded_by_the_caller", "v",
                                [](auto&, auto& a) { a.v.shape[2] = 192; }},
         BadCall<NewTokensArgs>{"v_rows", "v", [](auto&, auto& a) { a.v.shape[0] -= 1; }},

@@ -3,17 +3,23 @@
 // or on threads: within the prefill path and within the decode path.
 #include <gtest/gtest.h>
 
+#include <span>
+
 #include "attend/core/executor.h"
 #include "mla_layer.h"
+#include "support/scale.h"
 
 namespace attend::testing {
 namespace {
 
-constexpr int kPrompt = 900;
+const int kPrompt = scaled(900, 600);
 
 void merge(MlaLayer::Rows& all, const MlaLayer::Rows& some) {
   for (const auto& row : some) all.insert(row);
 }
+
+constexpr std::int64_t kWorkspaces[] = {256, 512, 0};
+const auto kNumWorkspaces = static_cast<std::size_t>(scaled(3, 1));
 
 /// The rows of one request.
 MlaLayer::Rows rows_of(const MlaLayer::Rows& all, int id) {
@@ -31,8 +37,8 @@ void expect_same(const MlaLayer::Rows& got, const MlaLayer::Rows& wanted) {
 
 std::vector<MlaSetup> setups() {
   std::vector<MlaSetup> all(1);
-  for (const DType dtype : {DType::f32, DType::f16}) all.emplace_back().dtype = dtype;
   all.emplace_back().kv_cache_dtype = "fp8_e4m3";
+  for (const DType dtype : {DType::f32, DType::f16}) all.emplace_back().dtype = dtype;
   MlaSetup& ds = all.emplace_back();
   ds.dims = {512, 128, 64, 128};
   ds.heads = 2;
@@ -41,6 +47,7 @@ std::vector<MlaSetup> setups() {
   padded.prefill_backend = "FLASH_ATTN";
   padded.platform = Platform::parse("cuda:8.0");
   all.emplace_back().prefill_backend = "ROCM_AITER_FA";
+  all.resize(static_cast<std::size_t>(scaled(static_cast<int>(all.size()), 2)));
   return all;
 }
 
@@ -54,7 +61,7 @@ TEST(MlaSameBits, HoweverAPromptIsCut) {
     SCOPED_TRACE(name_of(setup));
     MlaLayer whole(setup, *one);
     const MlaLayer::Rows wanted = whole.run({{0, 0, kPrompt}});
-    for (const std::int64_t workspace : {0, 256, 512}) {
+    for (const std::int64_t workspace : std::span(kWorkspaces).first(kNumWorkspaces)) {
       for (Executor* executor : {one.get(), three.get()}) {
         MlaSetup cut = setup;
         cut.workspace_tokens = workspace;
