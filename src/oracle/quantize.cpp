@@ -131,7 +131,10 @@ void fp8_ds_mla_decode(std::span<const std::uint8_t> row, std::span<double> elem
   for (std::size_t i = 0; i < 512; ++i) {
     elements[i] = bf16_product(fp8_value(DType::fp8_e4m3, row[i]), scales[i / 128]);
   }
-  const ConstTensorView rope(&row[528], DType::bf16, {64});
+  // A row of bytes may lie at any address.
+  std::array<std::uint16_t, 64> bits;
+  std::memcpy(bits.data(), &row[528], sizeof bits);
+  const ConstTensorView rope(bits.data(), DType::bf16, {64});
   for (std::int64_t i = 0; i < 64; ++i)
     elements[static_cast<std::size_t>(512 + i)] = element(rope, i);
 }
