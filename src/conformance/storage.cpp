@@ -156,7 +156,7 @@ std::string Storage::damage() const {
 
 Storage int_storage(Rng& rng, std::span<const std::int32_t> values) {
   Storage s(rng, DType::i32, {static_cast<std::int64_t>(values.size())});
-  std::memcpy(s.view().data, values.data(), values.size_bytes());
+  std::ranges::copy(values, s.view().as<std::int32_t>());
   return s;
 }
 
