@@ -126,7 +126,7 @@ void add_options(CLI::App& command, SelectOptions& o) {
   command
       .add_option("--kv-cache-dtype", c.kv_cache_dtype,
                   "Type of the cache: auto (= --dtype), f16, bf16, f32, fp8_e4m3, fp8_e5m2, "
-                  "int8_level1, int8_level2 or int8_per_token_head")
+                  "int8_level1, int8_level2, int8_per_token_head or, with --mla, fp8_ds_mla")
       ->type_name("D")
       ->capture_default_str();
   command.add_option("--block-size", c.block_size, "Tokens in a cache block; unset = any")

@@ -38,7 +38,8 @@ struct AttentionParams {
 };
 
 /// Sums of query rows whose keys come in several calls. The calls have the bits of one call over
-/// all keys if each but the last brings a multiple of kPieceSize keys a request.
+/// all keys if each but the last brings a multiple of kPieceSize keys a request, all of them
+/// visible. Positions, and with them masks and ALiBi, count from the first key of the call at hand.
 struct AttentionCarry {
   /// f32 [T', Hq, Dv + 2], contiguous: running maximum and sum, then the weighted values. What it
   /// holds is for these calls alone. T' >= T; with `last` the rows behind those of the last request
