@@ -19,11 +19,11 @@ using ::testing::HasSubstr;
 class MlaReplay : public ::testing::TestWithParam<std::string> {
  protected:
   MlaReplay() {
-    model_ = with_query_heads(find_model("deepseek-v3"), 2);
+    model_ = with_query_heads(find_model("deepseek-v3"), testing::scaled(2, 1));
     config_.model = &model_;
     config_.num_layers = 2;
     config_.max_num_batched_tokens = 700;
-    config_.check_rows = testing::scaled(40, 12);
+    config_.check_rows = 40;
     config_.seed = 3;
     config_.kv_cache_dtype = GetParam();
   }
@@ -31,10 +31,7 @@ class MlaReplay : public ::testing::TestWithParam<std::string> {
   static Trace trace(const std::string& settings) {
     return make_synthetic(SyntheticConfig::parse("synthetic:" + settings), 5);
   }
-  static Trace any_trace() {
-    return trace("requests=" + std::to_string(testing::scaled(8, 2)) +
-                 ",prompt=60,output=8,shared=40");
-  }
+  static Trace any_trace() { return trace("requests=8,prompt=60,output=8,shared=40"); }
 
   ReplayResult expect_correct(const Trace& trace) {
     const ReplayResult r = replay(trace, config_);
@@ -47,8 +44,7 @@ class MlaReplay : public ::testing::TestWithParam<std::string> {
   }
   void expect_caught(std::function<void(CommonMetadata&)> fault) {
     config_.fault_injection = std::move(fault);
-    const Trace t = trace("requests=8,prompt=60,output=8,shared=40");
-    EXPECT_GT(replay(t, config_).check.failed, 0);
+    EXPECT_GT(replay(any_trace(), config_).check.failed, 0);
   }
 
   ModelPreset model_;
@@ -63,7 +59,7 @@ TEST_P(MlaReplay, ChecksOutAndSharesPrefixes) {
 }
 
 TEST_P(MlaReplay, ChecksOutForPromptsInPiecesWithContextFromTheCache) {
-  if (testing::scaled(1, 0) == 0) GTEST_SKIP() << "long prompts take minutes on an emulated CPU";
+  if (testing::scaled(1, 0) == 0) GTEST_SKIP() << "long prompts take minutes under a sanitizer";
   config_.check_rows = 16;
   expect_correct(trace("requests=3,prompt=900,output=4,shared=600,spread=0.2"));
 }
