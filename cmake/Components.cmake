@@ -14,6 +14,31 @@ function(attend_sources)
   target_sources(attend PRIVATE ${files})
 endfunction()
 
+# attend_together(TARGET FILES...): compiles files of the current folder as a few, which spares reading
+# the same headers again and again. Names of their unnamed namespaces must not collide.
+function(attend_together target)
+  if(NOT ATTEND_UNITY_BUILD OR NOT ARGN)
+    return()
+  endif()
+  list(GET ARGN 0 first)
+  string(MAKE_C_IDENTIFIER "${first}" name)
+  set(number 0)
+  foreach(file IN LISTS ARGN)
+    math(EXPR group "${number} / 8")
+    math(EXPR number "${number} + 1")
+    cmake_path(ABSOLUTE_PATH file)
+    set_source_files_properties("${file}" TARGET_DIRECTORY ${target} PROPERTIES UNITY_GROUP
+                                "${name}_${group}")
+  endforeach()
+  set_target_properties(${target} PROPERTIES UNITY_BUILD ON UNITY_BUILD_MODE GROUP)
+endfunction()
+
+# attend_sources_together(FILES...): both of the above.
+function(attend_sources_together)
+  attend_sources(${ARGN})
+  attend_together(attend ${ARGN})
+endfunction()
+
 # attend_component(LIST <list> NAME <name> SOURCES ...): one component = one folder.
 function(attend_component)
   cmake_parse_arguments(A "" "NAME;LIST" "SOURCES" ${ARGN})
@@ -43,11 +68,13 @@ function(attend_write_list LIST MACRO)
   file(CONFIGURE OUTPUT "${PROJECT_BINARY_DIR}/generated/${LIST}.inc" CONTENT "${text}\n" @ONLY)
 endfunction()
 
-# attend_tests(<area> LIBS ... SOURCES ...): one test program attend_<area>_tests, one ctest entry.
+# attend_tests(<area> LIBS ... SOURCES ... ALONE ...): one test program attend_<area>_tests, one ctest
+# entry. SOURCES are compiled together, those of ALONE are not.
 function(attend_tests AREA)
-  cmake_parse_arguments(A "" "" "SOURCES;LIBS" ${ARGN})
+  cmake_parse_arguments(A "" "" "SOURCES;LIBS;ALONE" ${ARGN})
   set(target attend_${AREA}_tests)
-  add_executable(${target} ${A_SOURCES})
+  add_executable(${target} ${A_SOURCES} ${A_ALONE})
+  attend_together(${target} ${A_SOURCES})
   target_link_libraries(${target} PRIVATE attend ${A_LIBS} GTest::gmock GTest::gtest_main
                                           $<BUILD_INTERFACE:fmt::fmt-header-only>)
   target_include_directories(${target} PRIVATE ${PROJECT_SOURCE_DIR}/src ${PROJECT_SOURCE_DIR}/tests

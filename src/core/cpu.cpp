@@ -10,6 +10,7 @@
 
 #include "attend/core/error.h"
 #include "core/cpu_detect.h"
+#include "highest_isa.inc"
 
 namespace attend {
 namespace {
@@ -66,8 +67,14 @@ std::string cpu_identity() {
   return fmt::format("{}, {} CPUs", detect_cpu_signature(), sysconf(_SC_NPROCESSORS_ONLN));
 }
 
+IsaLevel highest_built_isa() noexcept { return static_cast<IsaLevel>(ATTEND_HIGHEST_ISA); }
+
 const CpuInfo& cpu_info() {
-  static const CpuInfo info = detect_cpu();
+  static const CpuInfo info = [] {
+    CpuInfo machine = detect_cpu();
+    machine.best = std::min(machine.best, highest_built_isa());
+    return machine;
+  }();
   return info;
 }
 

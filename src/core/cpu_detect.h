@@ -9,6 +9,9 @@
 
 namespace attend {
 
+/// Highest level whose kernels are in this build; a machine may run lower ones only.
+IsaLevel highest_built_isa() noexcept;
+
 /// Asks this machine; one implementation per processor family (cpu_x86.cpp, cpu_generic.cpp).
 CpuInfo detect_cpu();
 

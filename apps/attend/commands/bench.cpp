@@ -18,7 +18,7 @@ using bench::CaseResult;
 using bench::Speed;
 using nlohmann::ordered_json;
 
-struct Options {
+struct BenchOptions {
   std::string pattern = "*";
   std::string json;
   std::string explain;
@@ -120,7 +120,7 @@ std::vector<bench::Case> cases_of(const char* option, const std::string& pattern
   return chosen;
 }
 
-void explain(const Options& o, Executor& executor, std::FILE* text) {
+void explain(const BenchOptions& o, Executor& executor, std::FILE* text) {
   ordered_json results = ordered_json::array();
   bool all_verified = true;
   for (const auto& c : cases_of("--explain", o.explain)) {
@@ -133,7 +133,7 @@ void explain(const Options& o, Executor& executor, std::FILE* text) {
   if (!all_verified) throw Exit{kCheckFailed};
 }
 
-void run(const Options& o) {
+void run(const BenchOptions& o) {
   const std::vector<bench::Case> chosen = cases_of("--case", o.pattern);
   if (o.list) {
     for (const auto& c : chosen) fmt::print("{:<{}} {}\n", c.name, kNameWidth, c.description);
@@ -176,7 +176,7 @@ void run(const Options& o) {
 }  // namespace
 
 void add_bench(CLI::App& app) {
-  auto o = std::make_shared<Options>();
+  auto o = std::make_shared<BenchOptions>();
   CLI::App* command = app.add_subcommand(
       "bench",
       "Measure speed as a share of what this machine can do.\n\n"

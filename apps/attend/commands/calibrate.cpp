@@ -23,7 +23,7 @@ namespace {
 
 using nlohmann::ordered_json;
 
-struct Options {
+struct CalibrateOptions {
   TraceInput input;
   std::string model = "llama-3.1-8b";
   std::optional<int> num_layers;
@@ -34,7 +34,7 @@ struct Options {
   std::string json_path;
 };
 
-constexpr std::string_view kHelp = R"(
+constexpr std::string_view kCalibrateHelp = R"(
 Scales of int8 keys are computed token by token. Those of values cannot be: products of weights and
 value codes are summed over tokens, so one scale must hold for all tokens of a (KV head, element). It
 is found beforehand. This command serves the trace without quantisation, keeps the largest magnitude
@@ -103,7 +103,7 @@ void require_writable(const std::string& path) {
   }
 }
 
-ordered_json calibrate(const Options& o, std::FILE* to) {
+ordered_json calibrate(const CalibrateOptions& o, std::FILE* to) {
   require_writable(o.output);
   serving::ReplayConfig config;
   const serving::ModelPreset& model = serving::find_model(o.model);
@@ -150,7 +150,7 @@ ordered_json calibrate(const Options& o, std::FILE* to) {
   return j;
 }
 
-void run(const Options& o) {
+void run(const CalibrateOptions& o) {
   if (o.show.empty() == (o.input.name.empty() && o.output.empty())) {
     throw InvalidArgument("calibrate", "options", "TRACE and --output FILE, or --show FILE",
                           o.show.empty() ? "none of them" : "both");
@@ -175,8 +175,8 @@ void run(const Options& o) {
 void add_calibrate(CLI::App& app) {
   CLI::App* command = app.add_subcommand(
       "calibrate", "Find the static scales of int8 values over a trace, and store them");
-  const auto options = std::make_shared<Options>();
-  Options& o = *options;
+  const auto options = std::make_shared<CalibrateOptions>();
+  CalibrateOptions& o = *options;
   add_trace_options(*command, o.input);
   const auto option = [&](const char* name, auto& value, const char* help, const char* type) {
     return command->add_option(name, value, help)->type_name(type);
@@ -188,7 +188,7 @@ void add_calibrate(CLI::App& app) {
   option("--threads", o.threads, "Threads; default: the CPUs this process may use", "N");
   option("--seed", o.seed, "Seed of values and the synthetic trace", "S")->capture_default_str();
   add_json_option(*command, o.json_path);
-  command->footer(std::string(kHelp) + std::string(kTraceHelp) + std::string(kExamples) +
+  command->footer(std::string(kCalibrateHelp) + std::string(kTraceHelp) + std::string(kExamples) +
                   model_list());
   command->callback([options] { run(*options); });
 }

@@ -15,7 +15,7 @@
 namespace attend::cli {
 namespace {
 
-struct Options {
+struct CheckOptions {
   int cases = 200;
   std::uint64_t seed = 1;
   std::vector<std::string> ops;
@@ -25,7 +25,7 @@ struct Options {
   std::string json_path;
 };
 
-conformance::CheckOptions parse(const Options& options) {
+conformance::CheckOptions parse(const CheckOptions& options) {
   conformance::CheckOptions check;
   check.cases = options.cases;
   check.seed = options.seed;
@@ -59,7 +59,7 @@ void show_progress(int done, int total, std::string_view op) {
   std::fflush(stderr);
 }
 
-nlohmann::ordered_json as_json(const conformance::CheckReport& report, const Options& options,
+nlohmann::ordered_json as_json(const conformance::CheckReport& report, const CheckOptions& options,
                                const std::vector<std::string>& uncovered) {
   nlohmann::ordered_json j;
   j["seed"] = options.seed;
@@ -102,7 +102,7 @@ void print(const conformance::CheckReport& report, const std::vector<std::string
   }
 }
 
-void add_options(CLI::App& command, Options& o) {
+void add_options(CLI::App& command, CheckOptions& o) {
   command.add_option("--cases", o.cases, "Random problems per op and ISA level")
       ->type_name("N")
       ->check(CLI::Range(1, 1'000'000))
@@ -127,7 +127,7 @@ void add_options(CLI::App& command, Options& o) {
   add_json_option(command, o.json_path);
 }
 
-std::string footer() {
+std::string help_of_checks() {
   std::string text =
       "Every problem is random in shape, features and memory layout; whatever an op may not read\n"
       "is NaN, and whatever it may not write is watched. Results are compared with a float64\n"
@@ -145,10 +145,10 @@ std::string footer() {
 }  // namespace
 
 void add_check(CLI::App& app) {
-  auto options = std::make_shared<Options>();
+  auto options = std::make_shared<CheckOptions>();
   CLI::App* command = app.add_subcommand(
       "check", "Check every op and back end of this machine against a float64 oracle");
-  command->footer(footer);
+  command->footer(help_of_checks);
   add_options(*command, *options);
   command->callback([options] {
     conformance::CheckOptions check = parse(*options);

@@ -35,7 +35,7 @@ struct ReplayOptions {
   serving::ReplayConfig config;  // the options that need no parsing go straight in
 };
 
-constexpr std::string_view kHelp = R"(
+constexpr std::string_view kReplayHelp = R"(
 Queries, keys and values are generated from the seed, and so are the weights that make keys and values
 of latents, so no model is needed and any row can be computed again: --check N recomputes N random
 rows in float64 without looking at the cache.
@@ -69,7 +69,9 @@ Examples:
 Exit code: 0 done, 1 a checked row was wrong, 2 bad option or trace.
 )";
 
-std::string footer() { return std::string(kTraceHelp) + std::string(kHelp) + model_list(); }
+std::string help_of_replays() {
+  return std::string(kTraceHelp) + std::string(kReplayHelp) + model_list();
+}
 
 void add_options(CLI::App& command, ReplayOptions& o) {
   serving::ReplayConfig& c = o.config;
@@ -211,7 +213,7 @@ void add_replay(CLI::App& app) {
       "replay", "Serve a request trace through the attention layer and report its speed");
   const auto options = std::make_shared<ReplayOptions>();
   add_options(*command, *options);
-  command->footer(footer());
+  command->footer(help_of_replays());
   command->callback([options] { run(*options); });
 }
 

@@ -21,14 +21,14 @@ using bench::KindTimes;
 using bench::LevelTimes;
 using nlohmann::ordered_json;
 
-struct Options {
+struct TuneOptions {
   bool dry_run = false;
   bool remove = false;
   bool force = false;
   std::string json_path;
 };
 
-constexpr std::string_view kHelp = R"(
+constexpr std::string_view kTuneHelp = R"(
 Attention in each type of keys and values is timed with the kernels of every instruction-set level that
 this machine has, as a small prefill and a small decode, for about two seconds in all. The highest level
 is chosen unless a lower one takes at least 5 % less time. If other programs took more than 2 % of the
@@ -81,7 +81,7 @@ std::filesystem::path require_path() {
   return path;
 }
 
-void run(const Options& o) {
+void run(const TuneOptions& o) {
   std::FILE* to = o.json_path == "-" ? stderr : stdout;
   if (o.remove) {
     const auto path = require_path();
@@ -117,14 +117,14 @@ void run(const Options& o) {
 void add_tune(CLI::App& app) {
   CLI::App* command =
       app.add_subcommand("tune", "Find the fastest kernels of this machine and store the choice");
-  const auto o = std::make_shared<Options>();
+  const auto o = std::make_shared<TuneOptions>();
   auto* dry_run = command->add_flag("--dry-run", o->dry_run, "Measure and print, write nothing");
   command->add_flag("--remove", o->remove, "Remove the stored choice, instead of making one")
       ->excludes(dry_run);
   command->add_flag("--force", o->force, "Store what was measured on a noisy machine too")
       ->excludes(dry_run);
   add_json_option(*command, o->json_path);
-  command->footer(std::string(kHelp));
+  command->footer(std::string(kTuneHelp));
   command->callback([o] { run(*o); });
 }
 

@@ -15,7 +15,7 @@
 namespace attend::conformance {
 namespace {
 
-constexpr const char* kBackend = "FLASH_ATTN";
+constexpr const char* kFlashAttnBackend = "FLASH_ATTN";
 
 ShapeLimits backend_limits() {
   ShapeLimits limits;
@@ -28,7 +28,7 @@ ShapeLimits backend_limits() {
 class FlashAttnBackendCase final : public Case {
  public:
   explicit FlashAttnBackendCase(Rng& rng)
-      : backend_(find_backend(kBackend)),
+      : backend_(find_backend(kFlashAttnBackend)),
         type_(rng.pick({AttentionType::decoder, AttentionType::decoder, AttentionType::decoder,
                         AttentionType::encoder, AttentionType::encoder_only,
                         AttentionType::encoder_decoder, AttentionType::encoder_decoder})),
@@ -401,7 +401,7 @@ class FlashAttnBackendCase final : public Case {
 }  // namespace
 
 Op op_backend_flash_attn() {
-  return {backend_op_name(kBackend), false,
+  return {backend_op_name(kFlashAttnBackend), false,
           [](Rng& rng) { return std::make_unique<FlashAttnBackendCase>(rng); }, true};
 }
 

@@ -16,7 +16,7 @@
 namespace attend::conformance {
 namespace {
 
-constexpr const char* kBackend = "FLASH_ATTN";
+constexpr const char* kFlashAttnInt8Backend = "FLASH_ATTN";
 constexpr int kWeightLevels = 127;
 
 /// A row of codes; without rounding, of values.
@@ -31,7 +31,7 @@ struct CodedRow {
 class Int8BackendCase final : public Case {
  public:
   explicit Int8BackendCase(Rng& rng)
-      : backend_(find_backend(kBackend)),
+      : backend_(find_backend(kFlashAttnInt8Backend)),
         format_(rng.pick(
             {KvFormat::int8_level1, KvFormat::int8_level2, KvFormat::int8_per_token_head})),
         shape_(random_shape(
@@ -367,7 +367,7 @@ class Int8BackendCase final : public Case {
 }  // namespace
 
 Op op_backend_flash_attn_int8() {
-  return {backend_op_name(kBackend) + ":int8", false,
+  return {backend_op_name(kFlashAttnInt8Backend) + ":int8", false,
           [](Rng& rng) { return std::make_unique<Int8BackendCase>(rng); }, true};
 }
 

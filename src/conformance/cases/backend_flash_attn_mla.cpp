@@ -22,7 +22,7 @@
 namespace attend::conformance {
 namespace {
 
-constexpr const char* kBackend = "FLASH_ATTN_MLA";
+constexpr const char* kFlashAttnMlaBackend = "FLASH_ATTN_MLA";
 
 struct Lengths {
   std::int32_t query, seq;
@@ -31,7 +31,7 @@ struct Lengths {
 /// One layer of a step: builder, impl and cache, as an engine drives them.
 class MlaBackendCase final : public Case {
  public:
-  explicit MlaBackendCase(Rng& rng) : backend_(find_backend(kBackend)) {
+  explicit MlaBackendCase(Rng& rng) : backend_(find_backend(kFlashAttnMlaBackend)) {
     choose(rng);
     make_rows(rng);
     make_cache(rng);
@@ -375,7 +375,7 @@ class MlaBackendCase final : public Case {
 }  // namespace
 
 Op op_backend_flash_attn_mla() {
-  return {backend_op_name(kBackend), false,
+  return {backend_op_name(kFlashAttnMlaBackend), false,
           [](Rng& rng) { return std::make_unique<MlaBackendCase>(rng); }, true};
 }
 
