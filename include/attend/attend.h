@@ -31,6 +31,7 @@
 #include "attend/ops/cache.h"
 #include "attend/ops/flash_mla.h"
 #include "attend/ops/int8_attention.h"
+#include "attend/ops/indexer_cache.h"
 #include "attend/ops/int8_cache.h"
 #include "attend/ops/kernel_options.h"
 #include "attend/ops/merge.h"

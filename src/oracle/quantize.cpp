@@ -139,4 +139,24 @@ void fp8_ds_mla_decode(std::span<const std::uint8_t> row, std::span<double> elem
     elements[static_cast<std::size_t>(512 + i)] = element(rope, i);
 }
 
+float indexer_key(std::span<const double> key, bool power_of_two,
+                  std::span<std::uint8_t> codes) noexcept {
+  double amax = static_cast<double>(1e-4F);
+  for (const double x : key) {
+    if (std::isfinite(x)) amax = std::max(amax, std::abs(x));
+  }
+  auto scale = static_cast<float>(amax / 448.0);
+  if (power_of_two) {
+    float power = 0x1p-30F;
+    while (power < scale) power *= 2.0F;
+    scale = power;
+  }
+  for (std::size_t i = 0; i < key.size(); ++i) {
+    const int sign = std::signbit(key[i]) ? 0x80 : 0;
+    codes[i] = std::isfinite(key[i]) ? fp8_code(DType::fp8_e4m3, key[i], scale)
+                                     : static_cast<std::uint8_t>(sign | 0x7F);
+  }
+  return scale;
+}
+
 }  // namespace attend::oracle

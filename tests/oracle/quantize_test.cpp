@@ -108,5 +108,21 @@ TEST(QuantizeOracleTest, RowsOfFp8DsMla) {
   EXPECT_EQ(elements[575], -2.0);
 }
 
+TEST(QuantizeOracleTest, KeysOfTheIndexer) {
+  std::vector<double> key(128, 0.0);
+  std::vector<std::uint8_t> codes(128);
+  EXPECT_EQ(oracle::indexer_key(key, false, codes), 1e-4F / 448.0F);
+  EXPECT_EQ(oracle::indexer_key(key, true, codes), 0x1p-22F);
+  EXPECT_EQ(codes, std::vector<std::uint8_t>(128));
+  key[0] = -1.0, key[1] = 0.5, key[2] = kInf, key[3] = -kInf, key[4] = kNan;
+  EXPECT_EQ(oracle::indexer_key(key, false, codes), 1.0F / 448.0F);
+  EXPECT_EQ(std::vector<int>(codes.begin(), codes.begin() + 6),
+            (std::vector<int>{0xFE, 0x76, 0x7F, 0xFF, 0x7F, 0x00}));
+  EXPECT_EQ(oracle::indexer_key(key, true, codes), 0x1p-8F);
+  EXPECT_EQ(std::vector<int>(codes.begin(), codes.begin() + 2), (std::vector<int>{0xF8, 0x70}));
+  key[0] = 448.0;
+  EXPECT_EQ(oracle::indexer_key(key, true, codes), 1.0F) << "a power of two already";
+}
+
 }  // namespace
 }  // namespace attend

@@ -38,4 +38,10 @@ void fp8_ds_mla_encode(std::span<const double> latent, std::span<const std::uint
 /// to float32 and then to bf16; a positive NaN where that is none. @pre 656 bytes; 576 elements.
 void fp8_ds_mla_decode(std::span<const std::uint8_t> row, std::span<double> elements) noexcept;
 
+/// A key of the indexer: its scale max(amax, 1e-4) / 448 in float32, where amax is the largest
+/// finite magnitude, rounded up to a power of two if so asked. The codes are fp8_code(), those of
+/// infinities the NaN code with their sign. @pre as many codes as elements.
+float indexer_key(std::span<const double> key, bool power_of_two,
+                  std::span<std::uint8_t> codes) noexcept;
+
 }  // namespace attend::oracle
