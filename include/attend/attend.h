@@ -39,6 +39,7 @@
 #include "attend/ops/mla_cache.h"
 #include "attend/ops/mla_weights.h"
 #include "attend/ops/quant.h"
+#include "attend/ops/sparse_index.h"
 #include "attend/oracle/attention.h"
 #include "attend/oracle/mla.h"
 #include "attend/oracle/mla_decode.h"
