@@ -40,6 +40,7 @@
 #include "attend/ops/mla_weights.h"
 #include "attend/ops/quant.h"
 #include "attend/ops/sparse_index.h"
+#include "attend/ops/top_k.h"
 #include "attend/oracle/attention.h"
 #include "attend/oracle/mla.h"
 #include "attend/oracle/mla_decode.h"
