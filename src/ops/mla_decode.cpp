@@ -1,11 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-#include <algorithm>
-#include <cmath>
-
-#include "attend/cache/fp8_ds_mla.h"
 #include "attend/ops/mla.h"
 #include "core/check.h"
 #include "ops/attention_problem.h"
+#include "ops/latent_checks.h"
 
 namespace attend {
 namespace {
@@ -17,62 +14,7 @@ constexpr int kMostGroupHeads = 128;
 /// And at least, where there is a choice: fewer would not fill a tile.
 constexpr int kLeastGroupHeads = 16;
 
-bool is_ds_mla(const MlaDecodeArgs& a) { return a.kv_cache.dtype == DType::u8; }
-
-void check_types(std::string_view op, const MlaDecodeArgs& a) {
-  if (is_ds_mla(a)) {
-    check::tensor({op, "q"}, a.q, 3, {DType::bf16});
-  } else {
-    check::tensor({op, "q"}, a.q, 3, {DType::f32, DType::f16, DType::bf16});
-  }
-  check::tensor({op, "kv_cache"}, a.kv_cache, 3,
-                {a.q.dtype, DType::fp8_e4m3, DType::fp8_e5m2, DType::u8});
-  check::tensor({op, "out"}, a.out, 3, {a.q.dtype});
-}
-
-void check_shapes(std::string_view op, const MlaDecodeArgs& a) {
-  const std::int64_t dim = a.q.shape[2];
-  check::require(a.q.shape[1] > 0, {op, "q"}, "at least 1 head", [&] { return describe(a.q); });
-  check::require(
-      dim > 0 && dim % 8 == 0 && dim <= kMaxHeadDimQk, {op, "q"},
-      [] {
-        return fmt::format("a last dimension that is a multiple of 8 in [8, {}]", kMaxHeadDimQk);
-      },
-      dim);
-  if (is_ds_mla(a)) {
-    check::shape({op, "q"}, a.q, {-1, -1, fp8_ds_mla::kDim});
-    check::shape({op, "kv_cache"}, a.kv_cache, {-1, -1, fp8_ds_mla::kRowBytes});
-    check::shape({op, "out"}, a.out, {a.q.shape[0], a.q.shape[1], fp8_ds_mla::kLatent});
-  } else {
-    check::shape({op, "kv_cache"}, a.kv_cache, {-1, -1, dim});
-    check::shape({op, "out"}, a.out, {a.q.shape[0], a.q.shape[1], -1});
-    const std::int64_t latent = a.out.shape[2], most = std::min<std::int64_t>(dim, kMaxHeadDimV);
-    check::require(
-        latent > 0 && latent % 8 == 0 && latent <= most, {op, "out"},
-        [&] { return fmt::format("a last dimension that is a multiple of 8 in [8, {}]", most); },
-        latent);
-  }
-  for (const auto& [name, t] : {std::pair<const char*, ConstTensorView>{"q", a.q},
-                                {"kv_cache", a.kv_cache},
-                                {"out", a.out}})
-    check::unit_last_stride({op, name}, t);
-  ops::check_block_size(op, "kv_cache", a.kv_cache);
-}
-
-void check_kv_scale(std::string_view op, const MlaDecodeArgs& a) {
-  const check::Where where{op, "kv_scale"};
-  if (!is_fp8(a.kv_cache.dtype)) {
-    check::require(!a.kv_scale.defined(), where,
-                   "undefined: kv_cache has no fp8 codes of one scale", "a tensor");
-    return;
-  }
-  check::require(a.kv_scale.defined(), where, "f32, 1 element: kv_cache is fp8",
-                 "an undefined tensor");
-  check::tensor(where, a.kv_scale, a.kv_scale.rank == 0 ? 0 : 1, {DType::f32});
-  check::require(a.kv_scale.numel() == 1, where, "1 element", a.kv_scale.numel());
-  const float scale = *a.kv_scale.as<float>();
-  check::require(std::isfinite(scale) && scale > 0.0F, where, "a finite value > 0", scale);
-}
+ops::LatentTensors latents(const MlaDecodeArgs& a) { return {"kv_cache", a.q, a.kv_cache, a.out}; }
 
 void check_written(std::string_view op, const MlaDecodeArgs& a) {
   const auto check_one = [&](std::string_view name, const TensorView& t) {
@@ -125,9 +67,9 @@ cpu::AttentionProblem make_problem(const MlaDecodeArgs& a, const AttentionPlan& 
 }  // namespace
 
 void ops::check_mla_decode(std::string_view op, const MlaDecodeArgs& a) {
-  check_types(op, a);
-  check_shapes(op, a);
-  check_kv_scale(op, a);
+  check_latents(op, latents(a));
+  check_block_size(op, "kv_cache", a.kv_cache);
+  check_latent_scale(op, latents(a), a.kv_scale);
   check_written(op, a);
   check::require(a.params.scale.has_value(), {op, "scale"},
                  "a value (that of the model's heads before absorption)", "none");

@@ -64,8 +64,9 @@ struct AttentionProblem {
   const void* k = nullptr;
   const void* v = nullptr;
   void* out = nullptr;
-  float* lse = nullptr;  ///< null = not wanted
-  RowLayout q_layout, out_layout, lse_layout;
+  float* lse = nullptr;         ///< null = not wanted
+  float* max_logits = nullptr;  ///< largest logit, natural units, no sink; null = not wanted
+  RowLayout q_layout, out_layout, lse_layout, max_logits_layout;
   KvStrides k_strides, v_strides;
   /// Values are the first elements of the keys, as in a latent cache: v and its strides are those
   /// of k. Always so for fp8_ds_mla rows.
@@ -115,10 +116,10 @@ struct KernelWorkspace {
   bool fetched = false;  ///< the unit before this one knew that this one follows
 };
 
-/// Computes a unit: writes out (and lse), or partials of its pieces.
+/// Computes a unit: writes out (and lse, max_logits), or partials of its pieces.
 using RunUnitFn = void (*)(const AttentionProblem&, const WorkUnit&,
                            const KernelWorkspace&) noexcept;
-/// Merges partials of some rows, ascending, and writes out (and lse).
+/// Merges partials of some rows, ascending, and writes out (and lse, max_logits).
 using ReduceFn = void (*)(const AttentionProblem&, const Reduction&,
                           const KernelWorkspace&) noexcept;
 

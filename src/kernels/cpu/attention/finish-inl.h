@@ -57,6 +57,14 @@ ATTEND_INLINE RowTotal row_total(const AttentionProblem& p, int request, int hea
           p.lse_includes_sink ? log_sum(top, row.full * factor + share) : log_sum(m, row.full)};
 }
 
+/// Largest logit of a row, in natural units; -inf if no key was visible.
+ATTEND_INLINE void write_max_logit(const AttentionProblem& p, int request, int tok, int head,
+                                   const RowState& row) {
+  if (p.max_logits == nullptr) return;
+  p.max_logits[p.max_logits_layout.offset(p.query_start_loc, request, tok, head)] =
+      row.l == 0.0F ? -std::numeric_limits<float>::infinity() : kLn2 * row.m;
+}
+
 /// int8 values: every column has a scale of its own.
 ATTEND_INLINE void scale_channels(const AttentionProblem& p, int kv_head, float* acc) {
   if (p.v_channel_scale == nullptr) return;
@@ -146,10 +154,12 @@ void reduce_unit(const AttentionProblem& p, const Reduction& u,
       continue;
     }
     T* to = static_cast<T*>(p.out) + p.out_layout.offset(p.query_start_loc, u.request, tok, head);
-    const RowTotal total = row_total(p, u.request, head, {state[0][0], state[1][0], full});
+    const RowState final_state{state[0][0], state[1][0], full};
+    const RowTotal total = row_total(p, u.request, head, final_state);
     scale_channels(p, u.kv_head, acc);
     write_row(p, acc, total, false, to);
     if (p.lse != nullptr)
       p.lse[p.lse_layout.offset(p.query_start_loc, u.request, tok, head)] = total.lse;
+    write_max_logit(p, u.request, tok, head, final_state);
   }
 }

@@ -616,12 +616,14 @@ struct UnitRunner : UnitState<T, K, V> {
         const int head = u.kv_head * p.group_size + g;
         Out* to =
             static_cast<Out*>(p.out) + p.out_layout.offset(p.query_start_loc, u.request, tok, head);
-        const RowTotal total = row_total(p, u.request, head, {m[r], l[r], self.full_sum(r)});
+        const RowState state{m[r], l[r], self.full_sum(r)};
+        const RowTotal total = row_total(p, u.request, head, state);
         float* from = acc + std::int64_t{r} * dv_padded;
         scale_channels(p, u.kv_head, from);
         write_row(p, from, total, self.paired_columns(), to);
         if (p.lse != nullptr)
           p.lse[p.lse_layout.offset(p.query_start_loc, u.request, tok, head)] = total.lse;
+        write_max_logit(p, u.request, tok, head, state);
       }
     }
   }
