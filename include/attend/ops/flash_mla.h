@@ -6,8 +6,8 @@
 #include "attend/core/tensor_view.h"
 #include "attend/ops/kernel_options.h"
 
-/// Dense decode of latent attention with the arguments, layouts and conventions of FlashMLA, and
-/// its schedule. mla_decode() does the same for ragged batches in the conventions of this library.
+/// Latent attention with the arguments, layouts and conventions of FlashMLA, and its schedule.
+/// mla_decode() and sparse_mla_attention() do the same in the conventions of this library.
 namespace attend {
 
 /// Arguments of get_mla_metadata. B requests.
@@ -55,5 +55,29 @@ struct FlashMlaWithKvCacheArgs {
 /// Both before anything is written.
 void flash_mla_with_kvcache(const FlashMlaWithKvCacheArgs& args, Executor* executor = nullptr,
                             const KernelOptions& kernels = {});
+
+/// Arguments of flash_mla_sparse_fwd. T query tokens, H heads, no batch: indices are those of rows
+/// of all requests.
+struct FlashMlaSparseFwdArgs {
+  ConstTensorView q;   ///< [T, H, D], f32, f16 or bf16; last dimension stride 1
+  ConstTensorView kv;  ///< [S, 1, D], dtype of q; last dimension stride 1
+  /// i32 [T, 1, topk], topk >= 1, last dimension stride 1: rows of kv. Less than 0 or at least S
+  /// names nothing; what is named twice counts twice.
+  ConstTensorView indices;
+  float sm_scale = 0.0F;  ///< multiplies the products; finite, > 0: must be set
+  int d_v = 512;          ///< the first elements of a row that are its value
+  /// f32 [H]: as sinks of AttentionParams, not counted in lse; +infinity makes the head's output 0,
+  /// NaN is refused. Undefined = none.
+  ConstTensorView attn_sink;
+  ConstTensorView topk_length;  ///< i32 [T]: as in SparseMlaArgs; undefined = topk
+  TensorView out;         ///< [T, H, d_v], dtype of q; last dimension stride 1; overlaps no input
+  TensorView max_logits;  ///< f32 [T, H]: largest scaled logit; -infinity for a row without keys
+  TensorView lse;  ///< f32 [T, H], natural log; +infinity for a row without keys (its out is 0)
+};
+
+/// Attends to the named rows, with the bits of sparse_mla_attention(). @throws InvalidArgument;
+/// Unsupported for a level or an arithmetic that there is not. Both before anything is written.
+void flash_mla_sparse_fwd(const FlashMlaSparseFwdArgs& args, Executor* executor = nullptr,
+                          const KernelOptions& kernels = {});
 
 }  // namespace attend
