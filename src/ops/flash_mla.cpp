@@ -10,6 +10,7 @@
 #include "attend/ops/mla.h"
 #include "core/check.h"
 #include "ops/attention_problem.h"
+#include "ops/flash_mla_indices.h"
 #include "ops/mla_schedule.h"
 
 namespace attend {
@@ -53,7 +54,13 @@ void check_tensors(const FlashMlaWithKvCacheArgs& a) {
                                        {"block_table", a.block_table},
                                        {"cache_seqlens", a.cache_seqlens},
                                        {"tile_scheduler_metadata", a.tile_scheduler_metadata},
-                                       {"num_splits", a.num_splits}})
+                                       {"num_splits", a.num_splits},
+                                       {"indices", a.indices},
+                                       {"topk_length", a.topk_length},
+                                       {"attn_sink", a.attn_sink},
+                                       {"extra_k_cache", a.extra_k_cache},
+                                       {"extra_indices", a.extra_indices},
+                                       {"extra_topk_length", a.extra_topk_length}})
       if (input.defined()) check::no_overlap({kOp, name}, t, other, input);
   }
   check::no_overlap({kOp, "lse"}, a.lse, "out", a.out);
@@ -125,6 +132,24 @@ AttentionPlan make_plan(const FlashMlaWithKvCacheArgs& a, int num_workers,
   return plan_mla_decode(in);
 }
 
+/// What only indices give a meaning.
+void check_dense(const FlashMlaWithKvCacheArgs& a) {
+  for (const auto& [name, t] : {std::pair{"topk_length", a.topk_length},
+                                {"attn_sink", a.attn_sink},
+                                {"extra_k_cache", a.extra_k_cache},
+                                {"extra_indices", a.extra_indices},
+                                {"extra_topk_length", a.extra_topk_length}})
+    check::require(!t.defined(), {kOp, name}, "undefined: there are no indices", "a tensor");
+}
+
+/// With indices every request has as many keys.
+void check_sparse_schedule(const FlashMlaWithKvCacheArgs& a) {
+  check::tensor({kOp, "indices"}, a.indices, 3, {DType::i32});
+  const std::vector<std::int32_t> lengths(static_cast<std::size_t>(a.q.shape[0]),
+                                          static_cast<std::int32_t>(a.indices.shape[2]));
+  check_schedule(a, lengths);
+}
+
 cpu::AttentionProblem make_problem(const FlashMlaWithKvCacheArgs& a, const AttentionParams& params,
                                    const ConstTensorView& cache, const AttentionPlan& plan) {
   cpu::AttentionProblem p = ops::base_problem(params, plan, a.q.dtype);
@@ -157,6 +182,13 @@ void flash_mla_with_kvcache(const FlashMlaWithKvCacheArgs& args, Executor* execu
                             const KernelOptions& kernels) {
   Executor& run_on = executor != nullptr ? *executor : default_executor();
   check_tensors(args);
+  if (args.indices.defined()) {
+    check_sparse_schedule(args);
+    ops::flash_mla_with_indices(kOp, args, run_on, kernels);
+    mark_empty_rows(args.lse);
+    return;
+  }
+  check_dense(args);
   const AttentionPlan plan = make_plan(args, run_on.num_workers(), kernels);
   AttentionParams params;
   params.scale = args.softmax_scale.value_or(1.0F / std::sqrt(static_cast<float>(args.q.shape[3])));

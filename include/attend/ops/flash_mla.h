@@ -37,16 +37,32 @@ struct FlashMlaWithKvCacheArgs {
   /// [num_blocks, 64, 1, D] of q's dtype (f32, f16, bf16); with is_fp8_kvcache u8 [num_blocks, 64,
   /// 1, 656], fp8_ds_mla rows, and q is bf16 with D = 576. Last dimension stride 1.
   ConstTensorView k_cache;
-  ConstTensorView block_table;    ///< i32 [B, max_blocks], stride 1 in the last dimension
-  ConstTensorView cache_seqlens;  ///< i32 [B], contiguous: keys, those of the Sq tokens included
-  int head_dim_v = 512;           ///< the first elements of a key that are its value
-  /// As get_mla_metadata() wrote them for cache_seqlens; those of other lengths are refused. Both
-  /// or neither. The kernels have a schedule of their own: these do not change any bit.
+  /// i32 [B, max_blocks], stride 1 in the last dimension. Not read with indices.
+  ConstTensorView block_table;
+  /// i32 [B], contiguous: keys, those of the Sq tokens included. Not read with indices.
+  ConstTensorView cache_seqlens;
+  int head_dim_v = 512;  ///< the first elements of a key that are its value
+  /// As get_mla_metadata() wrote them for cache_seqlens (with indices: for topk keys of every
+  /// request); those of other lengths are refused. Both or neither. The kernels have a schedule of
+  /// their own: these do not change any bit.
   ConstTensorView tile_scheduler_metadata, num_splits;
   /// Unset = 1 / sqrt(D). A model's scale is that of its heads before absorption.
   std::optional<float> softmax_scale;
-  bool causal = false;  ///< bottom-right: token i sees keys up to cache_seqlens - Sq + i
+  /// Bottom-right: token i sees keys up to cache_seqlens - Sq + i. Not with indices.
+  bool causal = false;
   bool is_fp8_kvcache = false;
+  /// i32 [B, Sq, topk], topk >= 1, last dimension stride 1: slots (block * 64 + offset in the
+  /// block) of each token's keys, as in SparseMlaArgs. Undefined = dense, then the rest is
+  /// undefined, too.
+  ConstTensorView indices;
+  /// i32 [B]: indices that count of each token of a request, as in SparseMlaArgs; undefined = topk.
+  ConstTensorView topk_length;
+  ConstTensorView attn_sink;  ///< f32 [H]: as in FlashMlaSparseFwdArgs; undefined = none
+  /// [num_blocks, block_size, 1, D or 656], type of k_cache, any block size: more keys, which come
+  /// after the others. Undefined = none.
+  ConstTensorView extra_k_cache;
+  ConstTensorView extra_indices;      ///< as indices; given if and only if extra_k_cache is
+  ConstTensorView extra_topk_length;  ///< as topk_length
   TensorView out;  ///< [B, Sq, H, head_dim_v], dtype of q; last dimension stride 1
   TensorView lse;  ///< f32 [B, H, Sq], natural log; +infinity for a row without keys (its out is 0)
 };
