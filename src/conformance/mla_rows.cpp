@@ -4,13 +4,14 @@
 #include <fmt/format.h>
 #include <fmt/ranges.h>
 
-#include <array>
 #include <cmath>
 #include <cstring>
 #include <limits>
 #include <tuple>
 #include <utility>
 
+#include "attend/cache/fp8_ds_mla.h"
+#include "attend/cache/fp8_ds_v4.h"
 #include "attend/oracle/quantize.h"
 #include "conformance/cache_slots.h"
 
@@ -49,30 +50,44 @@ std::vector<std::int32_t> random_starts(Rng& rng, std::size_t requests, bool all
   return starts;
 }
 
-// Codes, scales and bits as they may lie in a row, NaN among them; for fp8_ds_mla both unrounded
-// scales and powers of two.
-void set_random_row(Rng& rng, const MlaRows& rows, Storage& cache, std::int64_t row_offset) {
-  if (!rows.is_ds()) {
+float random_scale(Rng& rng) {
+  auto scale = static_cast<float>(std::exp2(20.0 * rng.uniform() - 14.0));
+  if (rng.chance(0.4)) scale = std::exp2(std::ceil(std::log2(scale)));
+  if (rng.chance(0.05)) scale = rng.pick({0.0F, -1.0F, 3e38F, 1e-44F, INFINITY, NAN});
+  return scale;
+}
+
+// Codes, scales and bits as they may lie in a row, NaN among them; as float32 both unrounded scales
+// and powers of two.
+void set_random_row(Rng& rng, const MlaRead& read, Storage& cache, const CacheRow& at) {
+  const MlaRows& rows = read.rows;
+  if (!rows.is_bytes()) {
     for (std::int64_t i = 0; i < rows.dim(); ++i) {
       const std::uint64_t bits = rng.next();
       const std::size_t item = size_of(rows.stored);
-      std::memcpy(cache.view().as<std::byte>() + static_cast<std::size_t>(row_offset + i) * item,
-                  &bits, item);
+      std::memcpy(
+          cache.view().as<std::byte>() + static_cast<std::size_t>(read.row_offset(at) + i) * item,
+          &bits, item);
     }
     return;
   }
-  std::uint8_t* row = cache.view().as<std::uint8_t>() + row_offset;
-  for (int i = 0; i < 512; ++i) row[i] = static_cast<std::uint8_t>(rng.next());
-  for (int t = 0; t < 4; ++t) {
-    auto scale = static_cast<float>(std::exp2(20.0 * rng.uniform() - 14.0));
-    if (rng.chance(0.4)) scale = std::exp2(std::ceil(std::log2(scale)));
-    if (rng.chance(0.05)) scale = rng.pick({0.0F, -1.0F, 3e38F, 1e-44F, INFINITY, NAN});
-    std::memcpy(row + 512 + 4 * t, &scale, 4);
+  const RowFormat& f = *rows.format;
+  const CodedPlace place = coded_place(read.cache_view(), f, at.block, at.offset);
+  std::uint8_t* row = cache.view().as<std::uint8_t>() + place.row;
+  std::uint8_t* scales = cache.view().as<std::uint8_t>() + place.scales;
+  for (int i = 0; i < f.latent; ++i) row[i] = static_cast<std::uint8_t>(rng.next());
+  for (int t = 0; t < f.latent / f.tile; ++t) {
+    if (f.scale == RowScale::ue8m0) {
+      scales[t] = static_cast<std::uint8_t>(rng.chance(0.1) ? rng.next() : 100 + rng.next() % 40);
+      continue;
+    }
+    const float scale = random_scale(rng);
+    std::memcpy(scales + 4 * t, &scale, 4);
   }
-  for (int i = 0; i < 64; ++i) {
+  for (int i = 0; i < f.rope; ++i) {
     // Finite: which NaN another type makes of a NaN is not promised.
     const auto bits = static_cast<std::uint16_t>(rng.next() & 0xBFFFU);
-    std::memcpy(row + 528 + 2 * i, &bits, 2);
+    std::memcpy(row + f.rope_at + 2 * i, &bits, 2);
   }
 }
 
@@ -83,16 +98,20 @@ MlaRows::MlaRows(Rng& rng)
       stored(rng.pick({dtype, dtype, DType::fp8_e4m3, DType::fp8_e5m2})),
       latent(rng.pick({512, 256, 8 * rng.range(1, 40)})),
       rope(rng.pick({64, 64, 8 * rng.range(1, 12)})) {
-  if (!rng.chance(0.35)) return;
+  if (rng.chance(0.35)) use(rng.chance(0.5) ? fp8_ds_mla::kFormat : fp8_ds_v4::kFormat);
+}
+
+void MlaRows::use(const RowFormat& f) {
+  format = &f;
   dtype = DType::bf16;
   stored = DType::u8;
-  latent = 512;
-  rope = 64;
+  latent = f.latent;
+  rope = f.rope;
 }
 
 std::string MlaRows::describe() const {
   return fmt::format("{} in {}, {} + {}", to_string(dtype),
-                     is_ds() ? "fp8_ds_mla" : to_string(stored), latent, rope);
+                     is_bytes() ? format->name : to_string(stored), latent, rope);
 }
 
 MlaWrite::MlaWrite(Rng& rng)
@@ -113,33 +132,41 @@ MlaWrite::MlaWrite(Rng& rng)
     }
   }
   // Tiles of zeros, and of numbers so small that the smallest scale is theirs.
-  for (std::int64_t t = 0; rows.is_ds() && t < tokens; ++t) {
+  for (std::int64_t t = 0; rows.is_bytes() && t < tokens; ++t) {
     if (rng.chance(0.9)) continue;
-    const std::int64_t tile = kv_c.offset({t, 128 * rng.range(0, 3)});
-    kv_c.set_random(rng, tile, 128, rng.pick({0.0, 1e-37, 1e-40}));
+    const int size = rows.format->tile;
+    const std::int64_t tile =
+        kv_c.offset({t, std::int64_t{size} * rng.range(0, rows.latent / size - 1)});
+    kv_c.set_random(rng, tile, size, rng.pick({0.0, 1e-37, 1e-40}));
   }
   if (is_fp8(rows.stored)) {
     scale = Storage(rng, DType::f32, {1});
     scale.set(0, magnitude * std::exp2(12.0 * rng.uniform() - 8.0));
   }
-  cache = Storage(rng, rows.stored, {blocks, block_size, rows.stored_dim()}, layout);
+  cache = rows.is_bytes()
+              ? coded_storage(rng, *rows.format, blocks, block_size, layout)
+              : Storage(rng, rows.stored, {blocks, block_size, rows.stored_dim()}, layout);
   slots = random_slots(rng, tokens, blocks * block_size);
   cache.freeze();
 }
 
-void MlaWrite::expect_row(std::int64_t to, std::int64_t token, const Storage& keys) {
+void MlaWrite::expect_coded_row(std::int64_t slot, std::int64_t token, const Storage& keys) {
   const std::int64_t latent = kv_c.offset({token, 0}), key = keys.offset({token, 0});
-  if (rows.is_ds()) {
-    std::array<double, 512> values;
-    for (std::size_t i = 0; i < values.size(); ++i)
-      values[i] = kv_c.get(latent + static_cast<std::int64_t>(i));
-    std::array<std::uint16_t, 64> rope;
-    std::memcpy(rope.data(), keys.view().as<std::uint16_t>() + key, sizeof rope);
-    std::array<std::uint8_t, 656> row;
-    oracle::fp8_ds_mla_encode(values, rope, row);
-    for (const std::uint8_t byte : row) cache.expect_bits(to++, byte);
-    return;
-  }
+  std::vector<double> values(static_cast<std::size_t>(rows.latent));
+  for (std::size_t i = 0; i < values.size(); ++i)
+    values[i] = kv_c.get(latent + static_cast<std::int64_t>(i));
+  std::vector<std::uint16_t> rope(static_cast<std::size_t>(rows.rope));
+  std::memcpy(rope.data(), keys.view().as<std::uint16_t>() + key, 2 * rope.size());
+  const CodedRow coded = encode_coded_row(*rows.format, values, rope);
+  CodedPlace at = coded_place(cache_view(), *rows.format, slot / block_size, slot % block_size);
+  for (const std::uint8_t byte : coded.row) cache.expect_bits(at.row++, byte);
+  for (const std::uint8_t byte : coded.scales) cache.expect_bits(at.scales++, byte);
+}
+
+void MlaWrite::expect_row(std::int64_t slot, std::int64_t token, const Storage& keys) {
+  if (rows.is_bytes()) return expect_coded_row(slot, token, keys);
+  const std::int64_t latent = kv_c.offset({token, 0}), key = keys.offset({token, 0});
+  std::int64_t to = cache.offset({slot / block_size, slot % block_size, 0});
   for (const auto& [part, from, size] :
        {std::tuple(&std::as_const(kv_c), latent, rows.latent), std::tuple(&keys, key, rows.rope)}) {
     for (std::int64_t i = 0; i < size; ++i, ++to) {
@@ -156,7 +183,7 @@ void MlaWrite::expect_row(std::int64_t to, std::int64_t token, const Storage& ke
 void MlaWrite::expect_rows(const Storage& keys) {
   for (int t = 0; t < tokens; ++t) {
     const std::int64_t slot = slots[static_cast<std::size_t>(t)];
-    if (slot >= 0) expect_row(cache.offset({slot / block_size, slot % block_size, 0}), t, keys);
+    if (slot >= 0) expect_row(slot, t, keys);
   }
 }
 
@@ -173,10 +200,11 @@ MlaRead::MlaRead(Rng& rng, const MlaRows& shape, bool from_start)
              rng.chance(0.5)) {
   Layout layout;
   layout.padded = rng.chance(0.5);
-  cache =
-      Storage(rng, rows.stored, {blocks.num_blocks, blocks.block_size, rows.stored_dim()}, layout);
-  for_each_row(
-      [&](std::int64_t, std::int64_t offset) { set_random_row(rng, rows, cache, offset); });
+  cache = rows.is_bytes()
+              ? coded_storage(rng, *rows.format, blocks.num_blocks, blocks.block_size, layout)
+              : Storage(rng, rows.stored, {blocks.num_blocks, blocks.block_size, rows.stored_dim()},
+                        layout);
+  for_each_row([&](std::int64_t, const CacheRow& at) { set_random_row(rng, *this, cache, at); });
 }
 
 std::string MlaRead::describe() const {
@@ -184,10 +212,9 @@ std::string MlaRead::describe() const {
                      lengths, starts, blocks.block_size);
 }
 
-void expect_decoded_ds_row(Storage& dst, std::int64_t to, const Storage& cache, std::int64_t from) {
-  std::array<double, 576> elements;
-  oracle::fp8_ds_mla_decode({cache.view().as<std::uint8_t>() + from, 656}, elements);
-  for (const double x : elements) dst.expect_value(to++, x);
+void expect_decoded_row(Storage& dst, std::int64_t to, const MlaRead& read, const CacheRow& from) {
+  for (const double x : oracle::coded_row(read.cache_view(), from.block, from.offset))
+    dst.expect_value(to++, x);
 }
 
 }  // namespace attend::conformance

@@ -94,6 +94,9 @@ void place_rows(cpu::AttentionProblem& problem, const ConstTensorView& q, const 
 /// table. `op`: name that errors carry.
 void check_mla_decode(std::string_view op, const MlaDecodeArgs& args);
 
+/// How the rows of a cache of bytes become numbers; nothing for other caches.
+cpu::CodedRows coded_rows(const ConstTensorView& cache) noexcept;
+
 /// Where the rows of a latent cache lie, [num_blocks, block_size, E or bytes].
 void place_latents(cpu::AttentionProblem& problem, const ConstTensorView& cache,
                    const ConstTensorView& block_table);

@@ -6,11 +6,12 @@
 #include <limits>
 #include <vector>
 
-#include "attend/cache/fp8_ds_mla.h"
+#include "attend/cache/row_format.h"
 #include "attend/ops/mla.h"
 #include "core/check.h"
 #include "ops/attention_problem.h"
 #include "ops/flash_mla_indices.h"
+#include "ops/mla_rows.h"
 #include "ops/mla_schedule.h"
 
 namespace attend {
@@ -20,11 +21,13 @@ constexpr std::string_view kOp = "flash_mla_with_kvcache";
 constexpr int kBlockSize = 64;
 
 void check_tensors(const FlashMlaWithKvCacheArgs& a) {
+  const RowFormat* format = nullptr;
   if (a.is_fp8_kvcache) {
     check::tensor({kOp, "q"}, a.q, 4, {DType::bf16});
     check::tensor({kOp, "k_cache"}, a.k_cache, 4, {DType::u8});
-    check::shape({kOp, "q"}, a.q, {-1, -1, -1, fp8_ds_mla::kDim});
-    check::shape({kOp, "k_cache"}, a.k_cache, {-1, kBlockSize, 1, fp8_ds_mla::kRowBytes});
+    check::shape({kOp, "k_cache"}, a.k_cache, {-1, kBlockSize, 1, -1});
+    format = &mla_rows::require_row_format(kOp, "k_cache", a.k_cache.select(2, 0));
+    check::shape({kOp, "q"}, a.q, {-1, -1, -1, row_dim(*format)});
   } else {
     check::tensor({kOp, "q"}, a.q, 4, {DType::f32, DType::f16, DType::bf16});
     check::tensor({kOp, "k_cache"}, a.k_cache, 4, {a.q.dtype});
@@ -33,7 +36,7 @@ void check_tensors(const FlashMlaWithKvCacheArgs& a) {
   check::require(a.q.shape[0] > 0 && a.q.shape[2] > 0, {kOp, "q"}, "at least 1 request and 1 head",
                  [&] { return describe(a.q); });
   const int dim = static_cast<int>(a.q.shape[3]);
-  const int most = a.is_fp8_kvcache ? fp8_ds_mla::kLatent : std::min(dim, kMaxHeadDimV);
+  const int most = format != nullptr ? format->value_dim : std::min(dim, kMaxHeadDimV);
   check::require(
       a.head_dim_v > 0 && a.head_dim_v % 8 == 0 && a.head_dim_v <= most, {kOp, "head_dim_v"},
       [&] { return fmt::format("a multiple of 8 in [8, {}]", most); }, a.head_dim_v);

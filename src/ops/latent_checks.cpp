@@ -5,17 +5,18 @@
 #include <cmath>
 #include <cstdint>
 
-#include "attend/cache/fp8_ds_mla.h"
+#include "attend/cache/row_format.h"
 #include "attend/plan/attention_plan.h"
 #include "core/check.h"
+#include "ops/mla_rows.h"
 
 namespace attend::ops {
 namespace {
 
-bool is_ds_mla(const LatentTensors& t) { return t.cache.dtype == DType::u8; }
+bool is_coded(const LatentTensors& t) { return t.cache.dtype == DType::u8; }
 
 void check_types(std::string_view op, const LatentTensors& t) {
-  if (is_ds_mla(t)) {
+  if (is_coded(t)) {
     check::tensor({op, "q"}, t.q, 3, {DType::bf16});
   } else {
     check::tensor({op, "q"}, t.q, 3, {DType::f32, DType::f16, DType::bf16});
@@ -25,13 +26,10 @@ void check_types(std::string_view op, const LatentTensors& t) {
   check::tensor({op, "out"}, t.out, 3, {t.q.dtype});
 }
 
-void check_ds_mla_shapes(std::string_view op, const LatentTensors& t) {
-  check::shape({op, "q"}, t.q, {-1, -1, fp8_ds_mla::kDim});
-  check::require(
-      t.cache.shape[2] == fp8_ds_mla::kRowBytes, {op, t.cache_name},
-      [] { return fmt::format("rows of {} bytes (fp8_ds_mla)", fp8_ds_mla::kRowBytes); },
-      [&] { return describe(t.cache); });
-  check::shape({op, "out"}, t.out, {t.q.shape[0], t.q.shape[1], fp8_ds_mla::kLatent});
+void check_coded_shapes(std::string_view op, const LatentTensors& t) {
+  const RowFormat& f = mla_rows::require_row_format(op, t.cache_name, t.cache);
+  check::shape({op, "q"}, t.q, {-1, -1, row_dim(f)});
+  check::shape({op, "out"}, t.out, {t.q.shape[0], t.q.shape[1], f.value_dim});
 }
 
 void check_plain_shapes(std::string_view op, const LatentTensors& t) {
@@ -57,8 +55,8 @@ void check_latents(std::string_view op, const LatentTensors& t) {
         return fmt::format("a last dimension that is a multiple of 8 in [8, {}]", kMaxHeadDimQk);
       },
       dim);
-  if (is_ds_mla(t)) {
-    check_ds_mla_shapes(op, t);
+  if (is_coded(t)) {
+    check_coded_shapes(op, t);
   } else {
     check_plain_shapes(op, t);
   }

@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <cstring>
+#include <tuple>
 
 #include "attend/core/float_types.h"
 #include "attend/ops/mla_cache.h"
 #include "core/check.h"
 #include "ops/cache_rows.h"
-#include "ops/fp8_ds_mla_row.h"
+#include "ops/coded_row.h"
 #include "ops/fp8_encode.h"
 #include "ops/mla_rows.h"
 #include "ops/rotary.h"
@@ -20,6 +21,7 @@ struct Source {
   ConstTensorView kv_c, k_pe;
   TensorView cache;
   float scale = 1.0F;
+  const RowFormat* format = nullptr;  // of a cache of bytes
 };
 
 const std::byte* row_of(const ConstTensorView& rows, std::int64_t t) noexcept {
@@ -54,10 +56,12 @@ void encode_row(const Source& s, const cache_rows::Place& p) noexcept {
   }
 }
 
-void encode_ds_row(const Source& s, const cache_rows::Place& p) noexcept {
-  auto* to = reinterpret_cast<std::uint8_t*>(slot_of(s.cache, p));
-  fp8_ds_mla::encode_latent(s.kv_c.as<bf16>() + p.row * s.kv_c.strides[0], to);
-  std::memcpy(to + fp8_ds_mla::kRopeAt, row_of(s.k_pe, p.row), row_bytes(s.k_pe));
+void encode_coded_row(const Source& s, const cache_rows::Place& p) noexcept {
+  const coded_row::Place to =
+      coded_row::place(*s.format, s.cache.as<std::uint8_t>() + p.block * s.cache.strides[0],
+                       s.cache.shape[1], s.cache.strides[1], p.offset);
+  coded_row::encode_latent(*s.format, s.kv_c.as<bf16>() + p.row * s.kv_c.strides[0], to);
+  std::memcpy(to.row + s.format->rope_at, row_of(s.k_pe, p.row), row_bytes(s.k_pe));
 }
 
 using WriteRow = void (*)(const Source&, const cache_rows::Place&) noexcept;
@@ -68,7 +72,7 @@ WriteRow writer_from(DType cache) noexcept {
 }
 
 WriteRow writer(DType rows, DType cache) noexcept {
-  if (cache == DType::u8) return encode_ds_row;
+  if (cache == DType::u8) return encode_coded_row;
   if (!is_fp8(cache)) return copy_row;
   switch (rows) {
     case DType::f16:
@@ -86,6 +90,16 @@ bool is_mine(std::int64_t slot, std::int64_t row, int worker, int workers) noexc
   return (slot < 0 ? row : slot) % workers == worker;
 }
 
+// What a format holds.
+void require_elements(std::string_view op, const Source& s) {
+  for (const auto& [name, rows, elements] :
+       {std::tuple("kv_c", &s.kv_c, s.format->latent), std::tuple("k_pe", &s.k_pe, s.format->rope)})
+    check::require(
+        rows->shape[1] == elements && rows->dtype == DType::bf16, {op, name},
+        [&] { return fmt::format("{} elements of bf16 for {}", elements, s.format->name); },
+        [&] { return describe(*rows); });
+}
+
 // Checks rows, cache, slots and scale. Returns the slots.
 Slots validate(std::string_view op, Source& s, const ConstTensorView& slot_mapping,
                const ConstTensorView& scale) {
@@ -100,11 +114,11 @@ Slots validate(std::string_view op, Source& s, const ConstTensorView& slot_mappi
       [&] { return describe(s.k_pe); });
   mla_rows::require_cache(op, "kv_cache", s.cache,
                           {s.kv_c.dtype, DType::fp8_e4m3, DType::fp8_e5m2, DType::u8});
-  mla_rows::require_row_size(op, "kv_cache", s.cache, s.kv_c.shape[1] + s.k_pe.shape[1]);
   if (s.cache.dtype == DType::u8) {
-    check::shape({op, "kv_c"}, s.kv_c, {-1, fp8_ds_mla::kLatent});
-    check::require(s.kv_c.dtype == DType::bf16, {op, "kv_c"}, "dtype bf16 for fp8_ds_mla rows",
-                   [&] { return describe(s.kv_c); });
+    s.format = &mla_rows::require_row_format(op, "kv_cache", s.cache);
+    require_elements(op, s);
+  } else {
+    check::shape({op, "kv_cache"}, s.cache, {-1, -1, s.kv_c.shape[1] + s.k_pe.shape[1]});
   }
   check::distinct_elements({op, "kv_cache"}, s.cache);
   if (is_fp8(s.cache.dtype)) s.scale = mla_rows::require_scale(op, scale);

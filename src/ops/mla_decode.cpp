@@ -3,6 +3,7 @@
 #include "core/check.h"
 #include "ops/attention_problem.h"
 #include "ops/latent_checks.h"
+#include "ops/mla_rows.h"
 
 namespace attend {
 namespace {
@@ -75,6 +76,14 @@ void ops::check_mla_decode(std::string_view op, const MlaDecodeArgs& a) {
                  "a value (that of the model's heads before absorption)", "none");
 }
 
+cpu::CodedRows ops::coded_rows(const ConstTensorView& cache) noexcept {
+  if (cache.dtype != DType::u8) return {};
+  // Of a single block the stride may be any number.
+  const std::int64_t block_bytes =
+      cache.shape[0] > 1 ? cache.strides[0] : cache.shape[1] * cache.shape[2];
+  return {find_row_format(cache.shape[2]), block_bytes, static_cast<int>(cache.shape[1])};
+}
+
 void ops::place_latents(cpu::AttentionProblem& p, const ConstTensorView& cache,
                         const ConstTensorView& block_table) {
   p.k_dtype = p.v_dtype = cache.dtype;
@@ -84,7 +93,8 @@ void ops::place_latents(cpu::AttentionProblem& p, const ConstTensorView& cache,
   p.block_table_stride = block_table.strides[0];
   p.block_size = static_cast<int>(cache.shape[1]);
   // All groups of heads have the same keys.
-  p.k_strides = p.v_strides = {cache.strides[0], cache.strides[1], 0};
+  p.k_strides = p.v_strides = {cache.strides[0], mla_rows::row_stride(cache), 0};
+  p.coded = coded_rows(cache);
 }
 
 int mla_head_groups(int num_heads, int num_reqs, int num_workers) noexcept {

@@ -7,8 +7,9 @@
 
 #include "attend/core/float_types.h"
 #include "attend/ops/mla_cache.h"
+#include "attend/plan/attention_plan.h"
 #include "core/check.h"
-#include "ops/fp8_ds_mla_row.h"
+#include "ops/coded_row.h"
 #include "ops/mla_rows.h"
 
 namespace attend {
@@ -24,6 +25,7 @@ struct Gather {
   std::span<const std::int32_t> starts = {};
   std::int64_t end = 0;
   std::span<const std::int32_t> first_tokens = {};  // empty = all 0
+  const RowFormat* format = nullptr;                // of a cache of bytes that are decoded
 
   std::int64_t begin() const noexcept { return starts.empty() ? end : starts.front(); }
   std::int64_t end_of(std::size_t r) const noexcept {
@@ -117,7 +119,14 @@ std::int64_t dst_step(const Gather& g) noexcept {
   return g.dst.strides[0] * static_cast<std::int64_t>(size_of(g.dst.dtype));
 }
 
-// Calls copy(to, from, rows) for the rows [begin, end) of dst, as many at once as lie in one block.
+// Rows that lie in one block.
+struct Run {
+  std::byte* to;
+  const std::byte* block;
+  std::int64_t offset, rows;
+};
+
+// Calls copy(run) for the rows [begin, end) of dst, as many at once as lie in one block.
 template <typename Copy>
 void for_each_run(const Gather& g, std::int64_t begin, std::int64_t end, Copy&& copy) {
   if (begin >= end) return;
@@ -132,10 +141,9 @@ void for_each_run(const Gather& g, std::int64_t begin, std::int64_t end, Copy&& 
       const std::int64_t token = g.first_token(r) + row - g.starts[r];
       const std::int64_t offset = token % block_size;
       const std::int64_t rows = std::min(block_size - offset, request_end - row);
-      copy(g.dst.as<std::byte>() + row * dst_step(g),
-           g.src.as<std::byte>() + g.blocks(r)[token / block_size] * block_bytes +
-               offset * row_step(g),
-           rows);
+      copy(Run{g.dst.as<std::byte>() + row * dst_step(g),
+               g.src.as<std::byte>() + g.blocks(r)[token / block_size] * block_bytes, offset,
+               rows});
       row += rows;
     }
   }
@@ -157,26 +165,27 @@ void copy_rows(const Gather& g, Executor* executor) {
   const std::int64_t from_step = row_step(g), to_step = dst_step(g);
   const bool one_run = from_step == bytes && to_step == bytes;
   run(g, (g.end - g.begin()) * bytes <= mla_rows::kParallelCopyBytes, executor,
-      [=](std::byte* to, const std::byte* from, std::int64_t rows) {
+      [=](const Run& run) {
+        const std::byte* from = run.block + run.offset * from_step;
         if (one_run) {
-          std::memcpy(to, from, static_cast<std::size_t>(rows * bytes));
+          std::memcpy(run.to, from, static_cast<std::size_t>(run.rows * bytes));
           return;
         }
-        for (std::int64_t i = 0; i < rows; ++i) {
-          std::memcpy(to + i * to_step, from + i * from_step, static_cast<std::size_t>(bytes));
+        for (std::int64_t i = 0; i < run.rows; ++i) {
+          std::memcpy(run.to + i * to_step, from + i * from_step, static_cast<std::size_t>(bytes));
         }
       });
 }
 
-// Runs decode(to, from) for every row.
+// Runs decode(to, block, offset in the block) for every row.
 template <typename T, typename Decode>
 void decode_rows(const Gather& g, Executor* executor, Decode&& decode) {
-  const std::int64_t from_step = row_step(g), to_step = dst_step(g);
+  const std::int64_t to_step = dst_step(g);
   const bool small = (g.end - g.begin()) * g.dst.shape[1] < mla_rows::kParallelElements;
-  run(g, small, executor, [&](std::byte* to, const std::byte* from, std::int64_t rows) {
-    for (std::int64_t i = 0; i < rows; ++i) {
-      decode(reinterpret_cast<T*>(to + i * to_step),
-             reinterpret_cast<const std::uint8_t*>(from + i * from_step));
+  run(g, small, executor, [&](const Run& run) {
+    for (std::int64_t i = 0; i < run.rows; ++i) {
+      decode(reinterpret_cast<T*>(run.to + i * to_step),
+             reinterpret_cast<const std::uint8_t*>(run.block), run.offset + i);
     }
   });
 }
@@ -199,26 +208,33 @@ void decode_fp8(const Gather& g, float scale, Executor* executor) {
   std::array<T, 256> elements;
   std::ranges::transform(values_of_codes(g.src.dtype, scale), elements.begin(), from_f32<T>);
   const std::int64_t dim = g.dst.shape[1];
-  decode_rows<T>(g, executor, [&](T* to, const std::uint8_t* codes) {
+  const std::int64_t step = g.src.strides[1];
+  decode_rows<T>(g, executor, [&](T* to, const std::uint8_t* block, std::int64_t offset) {
+    const std::uint8_t* codes = block + offset * step;
     for (std::int64_t d = 0; d < dim; ++d) to[d] = elements[codes[d]];
   });
 }
 
 template <typename T>
-void decode_ds(const Gather& g, Executor* executor) {
+void decode_coded(const Gather& g, Executor* executor) {
+  const RowFormat& f = *g.format;
   const std::array<float, 256> values = values_of_codes(DType::fp8_e4m3, 1.0F);
-  decode_rows<T>(g, executor, [&](T* to, const std::uint8_t* row) {
-    const std::uint8_t* rope = row + fp8_ds_mla::kRopeAt;
+  decode_rows<T>(g, executor, [&](T* to, const std::uint8_t* block, std::int64_t offset) {
+    // The rows are only read.
+    const coded_row::Place from = coded_row::place(f, const_cast<std::uint8_t*>(block),
+                                                   g.src.shape[1], g.src.strides[1], offset);
+    const std::uint8_t* rope = from.row + f.rope_at;
     // A row of bf16 is made in place: the dead-store pass of GCC 12 loses the rope part of one that
     // is put together on the stack and then copied.
     if constexpr (std::is_same_v<T, bf16>) {
-      fp8_ds_mla::decode_latent(values.data(), row, reinterpret_cast<std::uint16_t*>(to));
-      std::memcpy(to + fp8_ds_mla::kLatent, rope, 2 * fp8_ds_mla::kRope);
+      coded_row::decode_latent(f, values.data(), from, reinterpret_cast<std::uint16_t*>(to));
+      std::memcpy(to + f.latent, rope, static_cast<std::size_t>(f.rope) * sizeof(bf16));
     } else {
-      std::array<std::uint16_t, fp8_ds_mla::kLatent> latent;
-      fp8_ds_mla::decode_latent(values.data(), row, latent.data());
-      for (const std::uint16_t bits : latent) *to++ = from_f32<T>(to_f32(bf16{bits}));
-      for (int i = 0; i < fp8_ds_mla::kRope; ++i) {
+      std::array<std::uint16_t, kMaxHeadDimQk> latent;
+      coded_row::decode_latent(f, values.data(), from, latent.data());
+      for (int i = 0; i < f.latent; ++i)
+        *to++ = from_f32<T>(to_f32(bf16{latent[static_cast<std::size_t>(i)]}));
+      for (int i = 0; i < f.rope; ++i) {
         bf16 element;
         std::memcpy(&element, rope + 2 * i, 2);
         *to++ = from_f32<T>(to_f32(element));
@@ -229,7 +245,7 @@ void decode_ds(const Gather& g, Executor* executor) {
 
 template <typename T>
 void decode(const Gather& g, float scale, Executor* executor) {
-  g.src.dtype == DType::u8 ? decode_ds<T>(g, executor) : decode_fp8<T>(g, scale, executor);
+  g.format != nullptr ? decode_coded<T>(g, executor) : decode_fp8<T>(g, scale, executor);
 }
 
 }  // namespace
@@ -239,13 +255,13 @@ void gather_and_maybe_dequant_cache(const GatherAndMaybeDequantCacheArgs& a, Exe
   mla_rows::require_cache(
       g.op, "src_cache", a.src_cache,
       {DType::f32, DType::f16, DType::bf16, DType::fp8_e4m3, DType::fp8_e5m2, DType::u8});
-  const bool rows_of_bytes = a.src_cache.dtype == DType::u8;
-  if (rows_of_bytes) mla_rows::require_row_size(g.op, "src_cache", a.src_cache, fp8_ds_mla::kDim);
+  if (a.src_cache.dtype == DType::u8)
+    g.format = &mla_rows::require_row_format(g.op, "src_cache", a.src_cache);
   if (is_float_compute(a.src_cache.dtype)) {
     require_dst(g, {a.src_cache.dtype}, a.src_cache.shape[2]);
   } else {
     require_dst(g, {DType::f32, DType::f16, DType::bf16},
-                rows_of_bytes ? fp8_ds_mla::kDim : a.src_cache.shape[2]);
+                g.format != nullptr ? row_dim(*g.format) : a.src_cache.shape[2]);
   }
   float scale = 1.0F;
   if (is_fp8(a.src_cache.dtype)) {
@@ -267,6 +283,11 @@ void gather_and_maybe_dequant_cache(const GatherAndMaybeDequantCacheArgs& a, Exe
 void cp_gather_cache(const CpGatherCacheArgs& a, Executor* executor) {
   Gather g{"cp_gather_cache", a.src_cache, a.dst, a.block_table};
   mla_rows::require_cache(g.op, "src_cache", a.src_cache, {});
+  const RowFormat* format =
+      a.src_cache.dtype == DType::u8 ? find_row_format(a.src_cache.shape[2]) : nullptr;
+  check::require(format == nullptr || !format->scales_apart, {g.op, "src_cache"},
+                 "rows that are one run of bytes each",
+                 [&] { return fmt::format("{}, whose scales lie apart", format->name); });
   require_dst(g, {a.src_cache.dtype}, a.src_cache.shape[2]);
   require_requests(g, a.cu_seq_lens, a.seq_starts);
   copy_rows(g, executor);
@@ -276,8 +297,8 @@ void cp_gather_and_upconvert_fp8_kv_cache(const CpGatherAndUpconvertFp8KvCacheAr
                                           Executor* executor) {
   Gather g{"cp_gather_and_upconvert_fp8_kv_cache", a.src_cache, a.dst, a.block_table};
   mla_rows::require_cache(g.op, "src_cache", a.src_cache, {DType::u8});
-  mla_rows::require_row_size(g.op, "src_cache", a.src_cache, fp8_ds_mla::kDim);
-  require_dst(g, {DType::bf16}, fp8_ds_mla::kDim);
+  g.format = &mla_rows::require_row_format(g.op, "src_cache", a.src_cache);
+  require_dst(g, {DType::bf16}, row_dim(*g.format));
   const check::Where where{g.op, "workspace_starts"};
   g.starts = check::i32_array(where, a.workspace_starts, -1);
   g.end = a.dst.shape[0];
@@ -286,7 +307,7 @@ void cp_gather_and_upconvert_fp8_kv_cache(const CpGatherAndUpconvertFp8KvCacheAr
   require_rows(g, "workspace_starts");
   check::no_overlap({g.op, "dst"}, a.dst, "workspace_starts", a.workspace_starts);
   require_blocks(g);
-  decode_ds<bf16>(g, executor);
+  decode_coded<bf16>(g, executor);
 }
 
 }  // namespace attend

@@ -3,7 +3,6 @@
 
 #include <cmath>
 
-#include "attend/cache/fp8_ds_mla.h"
 #include "core/check.h"
 
 namespace attend::mla_rows {
@@ -15,20 +14,28 @@ void require_cache(std::string_view op, std::string_view name, const ConstTensor
   check::unit_last_stride(where, cache);
 }
 
-void require_row_size(std::string_view op, std::string_view name, const ConstTensorView& cache,
-                      std::int64_t elements) {
+const RowFormat& require_row_format(std::string_view op, std::string_view name,
+                                    const ConstTensorView& cache) {
   const check::Where where{op, name};
-  if (cache.dtype != DType::u8) {
-    check::shape(where, cache, {-1, -1, elements});
-    return;
-  }
+  const RowFormat* format = find_row_format(cache.shape[2]);
   check::require(
-      cache.shape[2] == fp8_ds_mla::kRowBytes && elements == fp8_ds_mla::kDim, where,
-      [] {
-        return fmt::format("fp8_ds_mla rows of {} bytes for {} + {} elements",
-                           fp8_ds_mla::kRowBytes, fp8_ds_mla::kLatent, fp8_ds_mla::kRope);
-      },
-      [&] { return fmt::format("{} for {} elements", describe(cache), elements); });
+      format != nullptr, where, [] { return fmt::format("rows of {}", describe_row_formats()); },
+      [&] { return describe(cache); });
+  if (!format->scales_apart) return *format;
+  check::require(
+      cache.shape[1] <= 1 || cache.strides[1] == format->row_bytes, where,
+      [&] { return fmt::format("blocks of {} without gaps", format->name); },
+      [&] { return fmt::format("stride {} between rows", cache.strides[1]); });
+  check::require(
+      cache.shape[0] <= 1 || cache.strides[0] >= cache.shape[1] * format->row_bytes, where,
+      [&] { return fmt::format("blocks of {} behind each other", format->name); },
+      [&] { return fmt::format("stride {} between blocks", cache.strides[0]); });
+  return *format;
+}
+
+std::int64_t row_stride(const ConstTensorView& cache) noexcept {
+  const RowFormat* format = cache.dtype == DType::u8 ? find_row_format(cache.shape[2]) : nullptr;
+  return format != nullptr && format->scales_apart ? format->step : cache.strides[1];
 }
 
 float require_scale(std::string_view op, const ConstTensorView& scale) {

@@ -4,6 +4,7 @@
 #include <initializer_list>
 #include <string_view>
 
+#include "attend/cache/row_format.h"
 #include "attend/core/executor.h"
 #include "attend/core/tensor_view.h"
 
@@ -14,10 +15,13 @@ namespace attend::mla_rows {
 void require_cache(std::string_view op, std::string_view name, const ConstTensorView& cache,
                    std::initializer_list<DType> dtypes);
 
-/// `elements` of latent and rope of a row fit `cache`, of any of its formats. @throws
-/// InvalidArgument.
-void require_row_size(std::string_view op, std::string_view name, const ConstTensorView& cache,
-                      std::int64_t elements);
+/// The format of a cache of bytes (u8), by the size of its rows. @throws InvalidArgument if there
+/// is none, or the rows of a block do not adjoin where the format says so.
+const RowFormat& require_row_format(std::string_view op, std::string_view name,
+                                    const ConstTensorView& cache);
+
+/// Elements from a row to the next one of its block.
+std::int64_t row_stride(const ConstTensorView& cache) noexcept;
 
 /// The scale of an fp8 cache: f32 with 1 element, finite, > 0. @throws InvalidArgument.
 float require_scale(std::string_view op, const ConstTensorView& scale);

@@ -7,6 +7,8 @@
 #include <numeric>
 
 #include "core/check.h"
+#include "ops/attention_problem.h"
+#include "ops/mla_rows.h"
 
 namespace attend::ops {
 namespace {
@@ -20,7 +22,7 @@ struct RowGrid {
 RowGrid row_grid(const ConstTensorView& cache) noexcept {
   // A stride that nothing is multiplied by may be any number.
   const std::int64_t block = cache.shape[0] > 1 ? cache.strides[0] : 0;
-  const std::int64_t token = cache.shape[1] > 1 ? cache.strides[1] : 0;
+  const std::int64_t token = cache.shape[1] > 1 ? mla_rows::row_stride(cache) : 0;
   const std::int64_t pitch = std::max<std::int64_t>(1, std::gcd(block, token));
   return {pitch, block / pitch, token / pitch};
 }
@@ -113,6 +115,7 @@ void place_sparse_keys(cpu::AttentionProblem& p, const SparseKeys& keys, std::in
   p.k_dtype = p.v_dtype = keys.cache.dtype;
   p.k = p.v = keys.cache.data;
   p.values_in_keys = true;
+  p.coded = coded_rows(keys.cache);
   p.block_table = table;
   p.block_table_stride = topk;
   p.block_size = 1;

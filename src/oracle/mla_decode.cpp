@@ -1,18 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
-#include <array>
-
 #include "attend/oracle/mla_decode.h"
+
+#include "attend/oracle/quantize.h"
 #include "oracle/problem.h"
 
 namespace attend::oracle {
 namespace {
 
-constexpr std::size_t kDsMlaDim = 576, kDsMlaRowBytes = 656;
-
 /// Rows of one request that a query may see.
 Rows read_rows(const MlaDecodeArgs& a, std::int64_t request) {
   const ConstTensorView& cache = a.kv_cache;
-  const bool ds_mla = cache.dtype == DType::u8;
+  const bool coded = cache.dtype == DType::u8;
   const double factor = a.kv_scale.defined() ? element(a.kv_scale, 0) : 1.0;
   const std::int64_t num_keys = int_at(a.seq_lens, {request});
   const std::int64_t query_len =
@@ -24,12 +22,11 @@ Rows read_rows(const MlaDecodeArgs& a, std::int64_t request) {
   for (std::int64_t j = first; j < num_keys; ++j) {
     const std::int64_t block = int_at(a.block_table, {request, j / cache.shape[1]});
     const std::int64_t at = offset_of(cache, {block, j % cache.shape[1]});
-    if (!ds_mla) {
+    if (!coded) {
       rows.append(cache, at, factor);
       continue;
     }
-    std::array<double, kDsMlaDim> numbers{};
-    fp8_ds_mla_decode({static_cast<const std::uint8_t*>(cache.data) + at, kDsMlaRowBytes}, numbers);
+    const std::vector<double> numbers = coded_row(cache, block, j % cache.shape[1]);
     rows.values.insert(rows.values.end(), numbers.begin(), numbers.end());
   }
   return rows;

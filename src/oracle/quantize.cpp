@@ -4,7 +4,6 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
-#include <cstring>
 #include <limits>
 
 #include "oracle/element.h"
@@ -54,14 +53,6 @@ double quotient(double x, float scale) noexcept {
   return static_cast<double>(static_cast<float>(x / static_cast<double>(scale)));
 }
 
-// A float64 product of a code's value and a float32 number is exact.
-double bf16_product(double value, float scale) noexcept {
-  const auto product = static_cast<double>(static_cast<float>(value * static_cast<double>(scale)));
-  if (std::isnan(product)) return kNan;
-  const double rounded = round_to(DType::bf16, product);
-  return std::abs(rounded) < 0x1p128 ? rounded : std::copysign(kInfinity, product);
-}
-
 }  // namespace
 
 double fp8_value(DType format, std::uint8_t code) noexcept {
@@ -103,40 +94,6 @@ std::int8_t int8_code(double x, float scale) noexcept {
   const auto low = static_cast<int>(below);
   const bool up = fraction > 0.5 || (fraction == 0.5 && low % 2 != 0);
   return static_cast<std::int8_t>(up ? low + 1 : low);
-}
-
-void fp8_ds_mla_encode(std::span<const double> latent, std::span<const std::uint16_t> rope,
-                       std::span<std::uint8_t> row) noexcept {
-  for (std::size_t tile = 0; tile < 4; ++tile) {
-    const auto values = latent.subspan(128 * tile, 128);
-    double amax = 0.0;
-    for (const double x : values) {
-      if (std::isfinite(x)) amax = std::max(amax, std::abs(x));
-    }
-    const float scale = std::max(static_cast<float>(amax / 448.0), 0x1p-126F);
-    for (std::size_t i = 0; i < values.size(); ++i) {
-      const double x = values[i];
-      const int sign = std::signbit(x) ? 0x80 : 0;
-      row[128 * tile + i] = std::isfinite(x) ? fp8_code(DType::fp8_e4m3, x, scale)
-                                             : static_cast<std::uint8_t>(sign | 0x7F);
-    }
-    std::memcpy(&row[512 + 4 * tile], &scale, 4);
-  }
-  std::memcpy(&row[528], rope.data(), 128);
-}
-
-void fp8_ds_mla_decode(std::span<const std::uint8_t> row, std::span<double> elements) noexcept {
-  std::array<float, 4> scales;
-  std::memcpy(scales.data(), &row[512], 16);
-  for (std::size_t i = 0; i < 512; ++i) {
-    elements[i] = bf16_product(fp8_value(DType::fp8_e4m3, row[i]), scales[i / 128]);
-  }
-  // A row of bytes may lie at any address.
-  std::array<std::uint16_t, 64> bits;
-  std::memcpy(bits.data(), &row[528], sizeof bits);
-  const ConstTensorView rope(bits.data(), DType::bf16, {64});
-  for (std::int64_t i = 0; i < 64; ++i)
-    elements[static_cast<std::size_t>(512 + i)] = element(rope, i);
 }
 
 float indexer_key(std::span<const double> key, bool power_of_two,

@@ -1,24 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "attend/oracle/sparse_mla.h"
 
-#include <array>
 #include <limits>
 
+#include "attend/oracle/quantize.h"
 #include "oracle/problem.h"
 
 namespace attend::oracle {
 namespace {
 
-constexpr std::size_t kDsMlaDim = 576, kDsMlaRowBytes = 656;
-
-/// The rows that a token names, in its order.
-Rows named_rows(const SparseMlaArgs& a, std::int64_t token) {
+/// Appends the rows that a token names, in its order.
+void append_named_rows(const SparseMlaArgs& a, std::int64_t token, Rows& rows) {
   const ConstTensorView& cache = a.kv_cache;
   const double factor = a.kv_scale.defined() ? element(a.kv_scale, 0) : 1.0;
   std::int64_t length = a.indices.shape[1];
   if (a.topk_length.defined()) length = std::min(length, int_at(a.topk_length, {token}));
-  Rows rows;
-  rows.dim = static_cast<int>(a.q.shape[2]);
   for (std::int64_t i = 0; i < length; ++i) {
     const std::int64_t slot = int_at(a.indices, {token, i});
     if (slot < 0 || slot >= cache.shape[0] * cache.shape[1]) continue;
@@ -27,11 +23,10 @@ Rows named_rows(const SparseMlaArgs& a, std::int64_t token) {
       rows.append(cache, at, factor);
       continue;
     }
-    std::array<double, kDsMlaDim> numbers{};
-    fp8_ds_mla_decode({static_cast<const std::uint8_t*>(cache.data) + at, kDsMlaRowBytes}, numbers);
+    const std::vector<double> numbers =
+        coded_row(cache, slot / cache.shape[1], slot % cache.shape[1]);
     rows.values.insert(rows.values.end(), numbers.begin(), numbers.end());
   }
-  return rows;
 }
 
 template <typename Q>
@@ -47,7 +42,7 @@ double largest_logit(const RowProblem& p, const Q& q, const Rows& keys) {
 
 }  // namespace
 
-SparseMlaResult sparse_mla_attention(const SparseMlaArgs& a) {
+SparseMlaResult sparse_mla_attention(const SparseMlaArgs& a, const SparseMlaArgs* more) {
   const std::int64_t tokens = a.q.shape[0], heads = a.q.shape[1];
   const int dim = static_cast<int>(a.q.shape[2]), latent = static_cast<int>(a.out.shape[2]);
   AttentionParams params;
@@ -55,7 +50,10 @@ SparseMlaResult sparse_mla_attention(const SparseMlaArgs& a) {
   params.sinks = a.sinks;
   SparseMlaResult result;
   for (std::int64_t token = 0; token < tokens; ++token) {
-    const Rows keys = named_rows(a, token);
+    Rows keys;
+    keys.dim = dim;
+    append_named_rows(a, token, keys);
+    if (more != nullptr) append_named_rows(*more, token, keys);
     RowProblem p =
         row_problem(params, dim, latent, static_cast<std::int64_t>(keys.values.size()) / dim);
     p.split_weights = splits_weights(a.kv_cache.dtype);

@@ -5,7 +5,7 @@
 #include <cmath>
 #include <cstring>
 
-#include "attend/cache/fp8_ds_mla.h"
+#include "attend/cache/row_format.h"
 #include "attend/ops/mla_cache.h"
 
 namespace attend::testing {
@@ -29,6 +29,13 @@ std::int64_t num_blocks(const LatentOptions& o, const std::vector<LatentRequest>
   return n;
 }
 
+/// Of the format with so many elements.
+std::int64_t row_bytes(int dim) {
+  for (const RowFormat* f : row_formats())
+    if (row_dim(*f) == dim) return f->row_bytes;
+  return 0;
+}
+
 std::int64_t table_width(const LatentOptions& o, const std::vector<LatentRequest>& requests) {
   std::int64_t n = 0;
   for (const LatentRequest& r : requests) n = std::max(n, blocks_of(o, r));
@@ -40,27 +47,37 @@ Rng rng_of(int id, int position, unsigned kind) {
              (static_cast<std::uint64_t>(position + 1000) << 8) + kind);
 }
 
-void fill_ds_mla(unsigned char* row, Rng& rng) {
-  for (int i = 0; i < fp8_ds_mla::kLatent; ++i) {
+/// Row `offset` of a block of a cache of bytes.
+void fill_coded(const TensorView& block, std::int64_t offset, const RowFormat& f, Rng& rng) {
+  auto* row = block.as<unsigned char>() + offset * f.step;
+  unsigned char* scales =
+      f.scales_apart ? block.as<unsigned char>() + block.shape[0] * f.step + offset * f.scale_bytes
+                     : row + f.scales_at;
+  for (int i = 0; i < f.latent; ++i) {
     const auto code = static_cast<unsigned char>(rng.integer(0, 255));
     row[i] = (code & 0x7f) == 0x7f ? 0 : code;  // no NaN
   }
-  for (int t = 0; t < fp8_ds_mla::kTiles; ++t) {
+  for (int t = 0; t < f.latent / f.tile; ++t) {
+    if (f.scale == RowScale::ue8m0) {
+      scales[t] = static_cast<unsigned char>(127 + rng.integer(-9, -6));
+      continue;
+    }
     float scale = rng.uniform(0.001F, 0.02F);
     if (rng.chance(0.3)) scale = std::exp2(static_cast<float>(rng.integer(-9, -6)));
-    std::memcpy(row + fp8_ds_mla::kScalesAt + 4 * t, &scale, 4);
+    std::memcpy(scales + 4 * t, &scale, 4);
   }
-  HostTensor rope(DType::bf16, {fp8_ds_mla::kRope});
+  HostTensor rope(DType::bf16, {f.rope});
   rope.fill_normal(rng);
-  std::memcpy(row + fp8_ds_mla::kRopeAt, rope.view().data, rope.bytes());
+  std::memcpy(row + f.rope_at, rope.view().data, rope.bytes());
 }
 
-/// The row of a key as it lies in the cache.
-void fill_key(const TensorView& row, int id, int position) {
+/// The row of a key as it lies in a block of the cache.
+void fill_key(const TensorView& block, std::int64_t offset, int id, int position) {
   Rng rng = rng_of(id, position, 1);
+  const TensorView row = block.select(0, offset);
   auto* bytes = static_cast<unsigned char*>(row.data);
   if (row.dtype == DType::u8) {
-    fill_ds_mla(bytes, rng);
+    fill_coded(block, offset, *find_row_format(row.shape[0]), rng);
   } else if (is_fp8(row.dtype)) {
     // Either type's magnitudes below 2.
     const unsigned char most = row.dtype == DType::fp8_e4m3 ? 0x3f : 0x3e;
@@ -79,8 +96,8 @@ LatentBatch::LatentBatch(const LatentOptions& o, const std::vector<LatentRequest
     : options(o),
       requests(reqs),
       q(o.dtype, {num_tokens(reqs), o.heads, o.dim}),
-      cache(o.cache, {num_blocks(o, reqs), o.block_size,
-                      o.cache == DType::u8 ? fp8_ds_mla::kRowBytes : o.dim}),
+      cache(o.cache,
+            {num_blocks(o, reqs), o.block_size, o.cache == DType::u8 ? row_bytes(o.dim) : o.dim}),
       block_table(DType::i32, {static_cast<std::int64_t>(reqs.size()), table_width(o, reqs)}),
       query_start_loc(DType::i32, {static_cast<std::int64_t>(reqs.size()) + 1}),
       seq_lens(DType::i32, {static_cast<std::int64_t>(reqs.size())}),
@@ -118,7 +135,7 @@ void LatentBatch::place_keys() {
         block = free.back();
         free.pop_back();
       }
-      fill_key(cache.view().select(0, block).select(0, p % options.block_size), requests[r].id, p);
+      fill_key(cache.view().select(0, block), p % options.block_size, requests[r].id, p);
     }
   }
 }
@@ -184,7 +201,7 @@ LatentBatch upconverted(const LatentBatch& batch) {
     starts.as<std::int32_t>()[r] = static_cast<std::int32_t>(keys);
     keys += batch.requests[r].keys;
   }
-  HostTensor gathered(DType::bf16, {keys, fp8_ds_mla::kDim});
+  HostTensor gathered(DType::bf16, {keys, o.dim});
   cp_gather_and_upconvert_fp8_kv_cache({batch.cache, gathered, batch.block_table, starts});
   std::int64_t from = 0;
   for (std::size_t r = 0; r < batch.requests.size(); ++r) {
@@ -193,7 +210,7 @@ LatentBatch upconverted(const LatentBatch& batch) {
     for (int p = 0; p < batch.requests[r].keys; ++p, ++from)
       std::memcpy(
           plain.cache.view().select(0, row[p / o.block_size]).select(0, p % o.block_size).data,
-          gathered.view().select(0, from).data, 2 * fp8_ds_mla::kDim);
+          gathered.view().select(0, from).data, sizeof(bf16) * static_cast<std::size_t>(o.dim));
   }
   return plain;
 }

@@ -18,7 +18,7 @@ struct LatentRequest {
 
 struct LatentOptions {
   DType dtype = DType::bf16;
-  DType cache = DType::bf16;  ///< u8 = rows of fp8_ds_mla
+  DType cache = DType::bf16;  ///< u8 = rows of the format with `dim` elements
   int heads = 4;
   int dim = 576, latent = 512;
   int block_size = 16;
@@ -50,7 +50,7 @@ class LatentBatch {
 };
 
 /// The same batch with a bf16 cache: what cp_gather_and_upconvert_fp8_kv_cache reads of the rows of
-/// `batch`, whose cache is fp8_ds_mla.
+/// `batch`, whose cache is of bytes.
 LatentBatch upconverted(const LatentBatch& batch);
 
 }  // namespace attend::testing

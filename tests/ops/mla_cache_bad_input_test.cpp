@@ -87,7 +87,7 @@ class MlaWriteErrorTest : public ::testing::Test {
   HostTensor kv_c_ = filled(DType::bf16, {5, 512}), k_pe_ = filled(DType::bf16, {5, 64}),
              q_pe_ = filled(DType::bf16, {5, 2, 64}), tables_ = filled(DType::bf16, {10, 64});
   HostTensor plain_ = filled(DType::bf16, {3, 4, 576}), fp8_ = filled(DType::fp8_e4m3, {3, 4, 576}),
-             ds_ = filled(DType::u8, {3, 4, 656});
+             ds_ = filled(DType::u8, {3, 4, 656}), v4_ = filled(DType::u8, {3, 4, 584});
   std::vector<std::int64_t> slots_ = {0, 11, -1, 5}, positions_ = {0, 9, 3, 4};
   float scale_ = 1.0F;
 };
@@ -112,9 +112,11 @@ TEST_F(MlaWriteErrorTest, SizesThatTheFormatDoesNotHold) {
     a.q_pe = q_pe_.view().slice(2, 0, 32);
   };
   EXPECT_EQ(error(ds_, latent_of_256),
-            "'kv_cache': expected fp8_ds_mla rows of 656 bytes for 512 + 64 elements, got [3, 4, "
-            "656] u8 cpu:0 for 320 elements");
-  EXPECT_THAT(error(ds_, rope_of_32), HasSubstr("'kv_cache'"));
+            "'kv_c': expected 512 elements of bf16 for fp8_ds_mla, got [5, 256] bf16 cpu:0");
+  EXPECT_THAT(error(ds_, rope_of_32),
+              HasSubstr("'k_pe': expected 64 elements of bf16 for fp8_ds_mla"));
+  EXPECT_THAT(error(v4_, [](auto&) {}),
+              HasSubstr("'kv_c': expected 448 elements of bf16 for fp8_ds_v4"));
   EXPECT_THAT(error(plain_, latent_of_256),
               HasSubstr("'kv_cache': expected shape [any, any, 320]"));
   EXPECT_THAT(error(fp8_, rope_of_32), HasSubstr("'kv_cache': expected shape [any, any, 544]"));
@@ -125,14 +127,20 @@ TEST_F(MlaWriteErrorTest, SizesThatTheFormatDoesNotHold) {
                       a.kv_c = latent;
                       a.k_pe = rope;
                     }),
-              HasSubstr("'kv_c': expected shape [any, 512]"));
+              HasSubstr("'kv_c': expected 512 elements"));
   EXPECT_THAT(error(ds_, [&](auto& a) { a.kv_cache = ds_.view().slice(2, 0, 576); }),
-              HasSubstr("'kv_cache': expected fp8_ds_mla rows"));
+              HasSubstr("'kv_cache': expected rows of 656 bytes (fp8_ds_mla) or 584 bytes "
+                        "(fp8_ds_v4), got [3, 4, 576] u8"));
+  // A block of this format is one run of bytes.
+  EXPECT_THAT(error(v4_, [](auto& a) { a.kv_cache.strides[1] = 600; }),
+              HasSubstr("'kv_cache': expected blocks of fp8_ds_v4 without gaps, got stride 600"));
+  EXPECT_THAT(error(v4_, [](auto& a) { a.kv_cache.strides[0] = 3 * 584; }),
+              HasSubstr("'kv_cache': expected blocks of fp8_ds_v4 behind each other"));
 }
 
 TEST_F(MlaWriteErrorTest, Types) {
   EXPECT_THAT(error(ds_, [](auto& a) { a.kv_c.dtype = a.k_pe.dtype = a.q_pe.dtype = DType::f16; }),
-              HasSubstr("'kv_c': expected dtype bf16 for fp8_ds_mla rows"));
+              HasSubstr("'kv_c': expected 512 elements of bf16 for fp8_ds_mla"));
   EXPECT_THAT(error(plain_, [](auto& a) { a.kv_c.dtype = a.k_pe.dtype = DType::f16; }),
               HasSubstr("'kv_cache': expected dtype f16 or fp8_e4m3 or fp8_e5m2 or u8"));
   EXPECT_THAT(error(plain_, [](auto& a) { a.k_pe.dtype = DType::f16; }), HasSubstr("'k_pe'"));
@@ -278,7 +286,7 @@ TEST_F(MlaGatherErrorTest, TypesAndSizes) {
   EXPECT_THAT(error(plain_, [](auto& a) { a.dst.shape[1] = 512; }), HasSubstr("'dst'"));
   EXPECT_THAT(error(ds_, [](auto& a) { a.dst.shape[1] = 512; }), HasSubstr("'dst'"));
   EXPECT_THAT(error(ds_, [&](auto& a) { a.src_cache = ds_.view().slice(2, 0, 576); }),
-              HasSubstr("'src_cache': expected fp8_ds_mla rows of 656 bytes"));
+              HasSubstr("'src_cache': expected rows of 656 bytes (fp8_ds_mla) or 584 bytes "));
   EXPECT_THAT(error(ds_, [](auto& a) { a.src_cache.dtype = DType::i8; }), HasSubstr("'src_cache'"));
   EXPECT_THAT(error(plain_, [](auto& a) { a.block_table.dtype = DType::i64; }),
               HasSubstr("'block_table'"));

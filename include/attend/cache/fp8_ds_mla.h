@@ -1,12 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
+#include "attend/cache/row_format.h"
 
 /// Layout of a row of KvFormat::fp8_ds_mla, the cache of DeepSeek-shaped latents: 656 bytes hold
 /// 512 latent elements as fp8_e4m3 codes, a float32 scale for each 128 of them, and 64 rope
-/// elements as bf16 bits. Numbers are little-endian and need no alignment.
-///
-/// Reading a row always means: latent element = code * scale, the product rounded to float32 and
-/// then to bf16 (nearest even), whatever its scale is; rope element = the stored bf16.
+/// elements as bf16 bits. For what a row means see row_format.h.
 namespace attend::fp8_ds_mla {
 
 inline constexpr int kLatent = 512;           ///< kv_lora_rank: elements of the latent
@@ -19,5 +17,18 @@ inline constexpr int kScalesAt = kLatent;               ///< first byte of the s
 inline constexpr int kRopeAt = kScalesAt + 4 * kTiles;  ///< first byte of the rope elements
 inline constexpr int kRowBytes = kRopeAt + 2 * kRope;   ///< bytes of a row
 static_assert(kScalesAt == 512 && kRopeAt == 528 && kRowBytes == 656);
+
+inline constexpr RowFormat kFormat{.name = "fp8_ds_mla",
+                                   .latent = kLatent,
+                                   .rope = kRope,
+                                   .tile = kTile,
+                                   .value_dim = kLatent,
+                                   .scale = RowScale::f32,
+                                   .scales_apart = false,
+                                   .scales_at = kScalesAt,
+                                   .scale_bytes = 4 * kTiles,
+                                   .rope_at = kRopeAt,
+                                   .step = kRowBytes,
+                                   .row_bytes = kRowBytes};
 
 }  // namespace attend::fp8_ds_mla

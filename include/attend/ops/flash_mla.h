@@ -35,7 +35,8 @@ void get_mla_metadata(const GetMlaMetadataArgs& args);
 struct FlashMlaWithKvCacheArgs {
   ConstTensorView q;  ///< [B, Sq, H, D], B >= 1; last dimension stride 1
   /// [num_blocks, 64, 1, D] of q's dtype (f32, f16, bf16); with is_fp8_kvcache u8 [num_blocks, 64,
-  /// 1, 656], fp8_ds_mla rows, and q is bf16 with D = 576. Last dimension stride 1.
+  /// 1, bytes], rows of a format of row_format.h, and q is bf16 with as many elements as they have:
+  /// 576 for 656 bytes, 512 for 584. Last dimension stride 1.
   ConstTensorView k_cache;
   /// i32 [B, max_blocks], stride 1 in the last dimension. Not read with indices.
   ConstTensorView block_table;
@@ -58,8 +59,8 @@ struct FlashMlaWithKvCacheArgs {
   /// i32 [B]: indices that count of each token of a request, as in SparseMlaArgs; undefined = topk.
   ConstTensorView topk_length;
   ConstTensorView attn_sink;  ///< f32 [H]: as in FlashMlaSparseFwdArgs; undefined = none
-  /// [num_blocks, block_size, 1, D or 656], type of k_cache, any block size: more keys, which come
-  /// after the others. Undefined = none.
+  /// [num_blocks, block_size, 1, D or bytes], type and format of k_cache, any block size: more
+  /// keys, which come after the others. Undefined = none.
   ConstTensorView extra_k_cache;
   ConstTensorView extra_indices;      ///< as indices; given if and only if extra_k_cache is
   ConstTensorView extra_topk_length;  ///< as topk_length

@@ -16,7 +16,8 @@ namespace attend {
 struct MlaDecodeArgs {
   ConstTensorView q;  ///< [T, H, E]; last dimension stride 1
   /// [num_blocks, block_size, E]: dtype of q (f32, f16, bf16), fp8_e4m3 or fp8_e5m2. Or u8
-  /// [num_blocks, block_size, 656]: fp8_ds_mla rows; then q and out are bf16, E is 576 and L 512.
+  /// [num_blocks, block_size, bytes]: rows of a format of row_format.h; then q and out are bf16,
+  /// and E and L are 576 and 512 for fp8_ds_mla (656 bytes), 512 and 512 for fp8_ds_v4 (584 bytes).
   /// block_size 1, 4, 8 or a multiple of 16; last dimension stride 1.
   ConstTensorView kv_cache;
   ConstTensorView block_table;      ///< i32 [B, max_blocks], stride 1 in the last dimension

@@ -12,21 +12,23 @@
 /// (block_dim 0).
 ///
 /// A cache is [num_blocks, block_size, L + R] of f32, f16, bf16, fp8_e4m3 or fp8_e5m2, or u8
-/// [num_blocks, block_size, 656] in the format fp8_ds_mla (L = 512, R = 64, see fp8_ds_mla.h).
-/// An executor of null is default_executor(). Everything is checked before anything is written.
+/// [num_blocks, block_size, bytes of a row] in a format of row_format.h: fp8_ds_mla (656 bytes, L =
+/// 512, R = 64) or fp8_ds_v4 (584 bytes, L = 448, R = 64; a block of it is one run of bytes,
+/// strides [at least block_size * 584, 584, 1]). An executor of null is default_executor().
+/// Everything is checked before anything is written.
 namespace attend {
 
 /// Arguments of concat_and_cache_mla.
 struct ConcatAndCacheMlaArgs {
   ConstTensorView kv_c;  ///< [T', L], T' >= T: f32, f16 or bf16; last dimension stride 1
   ConstTensorView k_pe;  ///< [T', R], dtype of kv_c; last dimension stride 1
-  /// As above, any strides except the last (1); dtype of kv_c, fp8_e4m3 or fp8_e5m2, or u8 rows of
-  /// 656 bytes for bf16 kv_c.
+  /// As above, any strides except the last (1); dtype of kv_c, fp8_e4m3 or fp8_e5m2, or u8 rows for
+  /// bf16 kv_c of the format's L.
   TensorView kv_cache;
   /// i64 [T], contiguous: block * block_size + offset of each row; negative = skip that row.
   ConstTensorView slot_mapping;
   /// f32 with 1 element (rank 0 or 1), finite and > 0: an fp8 code stands for code * scale.
-  /// Required by fp8 caches; others do not read it (rows of fp8_ds_mla have scales of their own).
+  /// Required by fp8 caches; others do not read it (rows of bytes have scales of their own).
   ConstTensorView scale = {};
 };
 
@@ -34,10 +36,9 @@ struct ConcatAndCacheMlaArgs {
 /// an fp8 cache goes x / scale, divided in float32 and rounded to the nearest code (ties to even);
 /// beyond the largest finite value, infinities too, it saturates; NaN gives the NaN code.
 ///
-/// Into fp8_ds_mla goes the latent in tiles of 128 with a scale each: max(amax / 448, FLT_MIN),
-/// divided in float32 and not rounded further, where amax is the largest finite magnitude of the
-/// tile. Codes as above, except that infinities give the NaN code with their sign too, since a
-/// scale that they do not share cannot hold them. k_pe is copied bit for bit.
+/// Into rows of bytes goes the latent in tiles with a scale each, by the format's RowScale. Codes
+/// as above, except that infinities give the NaN code with their sign too, since a scale that they
+/// do not share cannot hold them. k_pe is copied bit for bit, padding is 0.
 ///
 /// If a slot occurs twice the later row wins.
 /// @throws InvalidArgument (a slot >= num_blocks * block_size, shapes, sizes that the format does
@@ -75,7 +76,7 @@ void concat_and_cache_mla_rope_fused(const ConcatAndCacheMlaRopeFusedArgs& args,
 struct GatherAndMaybeDequantCacheArgs {
   ConstTensorView src_cache;  ///< a cache as above, any strides except the last (1)
   /// [N, L + R], N >= cu_seq_lens[B]: f32, f16 or bf16, any row stride, last dimension stride 1. A
-  /// cache that is neither fp8 nor fp8_ds_mla must have this dtype.
+  /// cache that is neither fp8 nor of bytes must have this dtype.
   TensorView dst;
   /// i32 [B, max_blocks], last dimension stride 1: blocks of each request. Only the entries that
   /// are needed are read.
@@ -91,8 +92,8 @@ struct GatherAndMaybeDequantCacheArgs {
 
 /// dst row cu[b] + i = token seq_starts[b] + i of request b. Rows of dst's dtype are copied bit for
 /// bit. An fp8 element becomes code * scale, multiplied in float32, then rounded once to dst's
-/// dtype. An element of fp8_ds_mla becomes the bf16 number that fp8_ds_mla.h defines, then dst's
-/// dtype. A NaN that a code or scale makes is the positive quiet one without payload.
+/// dtype. An element of a row of bytes becomes the bf16 number that row_format.h defines, then
+/// dst's dtype. A NaN that a code or scale makes is the positive quiet one without payload.
 /// Rows from cu[B] on are not touched.
 /// @throws InvalidArgument (shapes, dtypes, scale, lengths that are not ascending or beyond dst or
 /// the table, block ids outside of the cache, memory that overlaps dst), before any write.
@@ -101,10 +102,12 @@ void gather_and_maybe_dequant_cache(const GatherAndMaybeDequantCacheArgs& args,
 
 /// Arguments of cp_gather_cache.
 struct CpGatherCacheArgs {
-  ConstTensorView src_cache;  ///< [num_blocks, block_size, E] of any dtype, last dimension stride 1
-  TensorView dst;             ///< [N, E], N >= cu_seq_lens[B], dtype of src_cache, any row stride
-  ConstTensorView block_table;      ///< as above
-  ConstTensorView cu_seq_lens;      ///< as above
+  /// [num_blocks, block_size, E] of any dtype, last dimension stride 1. Not fp8_ds_v4, whose rows
+  /// are no runs of bytes.
+  ConstTensorView src_cache;
+  TensorView dst;               ///< [N, E], N >= cu_seq_lens[B], dtype of src_cache, any row stride
+  ConstTensorView block_table;  ///< as above
+  ConstTensorView cu_seq_lens;  ///< as above
   ConstTensorView seq_starts = {};  ///< as above
 };
 
@@ -114,15 +117,15 @@ void cp_gather_cache(const CpGatherCacheArgs& args, Executor* executor = nullptr
 
 /// Arguments of cp_gather_and_upconvert_fp8_kv_cache.
 struct CpGatherAndUpconvertFp8KvCacheArgs {
-  ConstTensorView src_cache;    ///< u8 [num_blocks, block_size, 656]: fp8_ds_mla
-  TensorView dst;               ///< bf16 [N, 576], any row stride, last dimension stride 1
+  ConstTensorView src_cache;    ///< a cache of bytes as above
+  TensorView dst;               ///< bf16 [N, L + R], any row stride, last dimension stride 1
   ConstTensorView block_table;  ///< as above
   /// i32 [B], contiguous, ascending, each in [0, N]: the rows of request b, from its token 0 on,
   /// are [starts[b], starts[b + 1]) of dst; those of the last request end at N.
   ConstTensorView workspace_starts;
 };
 
-/// Reads rows of fp8_ds_mla as gather_and_maybe_dequant_cache() does. Rows before
+/// Reads rows of bytes as gather_and_maybe_dequant_cache() does. Rows before
 /// workspace_starts[0] are not touched. @throws InvalidArgument likewise.
 void cp_gather_and_upconvert_fp8_kv_cache(const CpGatherAndUpconvertFp8KvCacheArgs& args,
                                           Executor* executor = nullptr);

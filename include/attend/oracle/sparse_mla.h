@@ -14,7 +14,9 @@ struct SparseMlaResult {
   std::vector<double> max_logits, max_logits_bound;
 };
 
-/// Reference of sparse_mla_attention (arguments are only read).
-SparseMlaResult sparse_mla_attention(const SparseMlaArgs& args);
+/// Reference of sparse_mla_attention (arguments are only read). `more`: the keys that its indices
+/// name in its cache count as well; the rest of it is not read. Null = none.
+SparseMlaResult sparse_mla_attention(const SparseMlaArgs& args,
+                                     const SparseMlaArgs* more = nullptr);
 
 }  // namespace attend::oracle

@@ -13,7 +13,7 @@ class ConcatAndCacheMlaCase final : public Case {
   Outcome run(const KernelOptions&, Executor& executor) override {
     MlaWrite& p = problem_;
     p.cache.reset();
-    ConcatAndCacheMlaArgs args{p.kv_c.view(), p.k_pe.view(), p.cache.view(), p.slot_view()};
+    ConcatAndCacheMlaArgs args{p.kv_c.view(), p.k_pe.view(), p.cache_view(), p.slot_view()};
     if (is_fp8(p.rows.stored)) args.scale = p.scale.view();
     concat_and_cache_mla(args, &executor);
     p.expect_rows(p.k_pe);

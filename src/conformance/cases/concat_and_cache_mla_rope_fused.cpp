@@ -64,7 +64,7 @@ class ConcatAndCacheMlaRopeFusedCase final : public Case {
     args.cos_sin_cache = tables_.view();
     args.is_neox = is_neox_;
     args.slot_mapping = p.slot_view();
-    args.kv_cache = p.cache.view();
+    args.kv_cache = p.cache_view();
     if (is_fp8(p.rows.stored)) args.scale = p.scale.view();
     concat_and_cache_mla_rope_fused(args, &executor);
     Outcome outcome;

@@ -34,7 +34,7 @@ class GatherAndMaybeDequantCacheCase final : public Case {
   Outcome run(const KernelOptions&, Executor& executor) override {
     dst_.reset();
     GatherAndMaybeDequantCacheArgs args;
-    args.src_cache = problem_.cache.view();
+    args.src_cache = problem_.cache_view();
     args.dst = dst_.view();
     args.block_table = problem_.blocks.table.view();
     args.cu_seq_lens = cu_seq_lens_.view();
@@ -42,7 +42,7 @@ class GatherAndMaybeDequantCacheCase final : public Case {
     if (is_fp8(problem_.rows.stored)) args.scale = scale_.view();
     gather_and_maybe_dequant_cache(args, &executor);
     problem_.for_each_row(
-        [&](std::int64_t row, std::int64_t from) { expect_row(dst_.offset({row, 0}), from); });
+        [&](std::int64_t row, const CacheRow& at) { expect_row(dst_.offset({row, 0}), at); });
     Outcome outcome;
     expect_undamaged(outcome, "dst", dst_);
     return outcome;
@@ -53,9 +53,10 @@ class GatherAndMaybeDequantCacheCase final : public Case {
   }
 
  private:
-  void expect_row(std::int64_t to, std::int64_t from) {
+  void expect_row(std::int64_t to, const CacheRow& at) {
     const MlaRows& rows = problem_.rows;
-    if (rows.is_ds()) return expect_decoded_ds_row(dst_, to, problem_.cache, from);
+    if (rows.is_bytes()) return expect_decoded_row(dst_, to, problem_, at);
+    const std::int64_t from = problem_.row_offset(at);
     for (std::int64_t i = 0; i < rows.dim(); ++i) {
       if (!rows.is_coded()) {
         dst_.expect_copy(to + i, problem_.cache, from + i);

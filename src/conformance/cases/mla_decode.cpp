@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <fmt/format.h>
 
-#include <array>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -9,12 +8,12 @@
 #include <vector>
 
 #include "attend/cache/fp8_ds_mla.h"
-#include "attend/core/float_types.h"
+#include "attend/cache/fp8_ds_v4.h"
 #include "attend/ops/mla.h"
 #include "attend/oracle/mla_decode.h"
-#include "attend/oracle/quantize.h"
 #include "conformance/attention_shape.h"
 #include "conformance/check.h"
+#include "conformance/coded_rows.h"
 #include "conformance/random_blocks.h"
 
 namespace attend::conformance {
@@ -40,17 +39,18 @@ AttentionShape latent_shape(Rng& rng, Sizes sizes) {
 class MlaDecodeCase final : public Case {
  public:
   explicit MlaDecodeCase(Rng& rng) {
-    ds_mla_ = rng.chance(0.3);
+    if (rng.chance(0.35)) format_ = rng.chance(0.5) ? &fp8_ds_mla::kFormat : &fp8_ds_v4::kFormat;
     const Sizes sizes =
-        ds_mla_ ? Sizes{576, 512}
-                : rng.pick({Sizes{576, 512}, {320, 256}, {72, 64}, {64, 64}, {40, 32}, {24, 8}});
+        format_ != nullptr
+            ? Sizes{row_dim(*format_), format_->value_dim}
+            : rng.pick({Sizes{576, 512}, {320, 256}, {72, 64}, {64, 64}, {40, 32}, {24, 8}});
     shape_ = latent_shape(rng, sizes);
-    if (ds_mla_) shape_.dtype = DType::bf16;
+    if (format_ != nullptr) shape_.dtype = DType::bf16;
     block_size_ = random_block_size(rng);
     planned_ = rng.chance(0.5);
-    cache_dtype_ = ds_mla_           ? DType::u8
-                   : rng.chance(0.4) ? rng.pick({DType::fp8_e4m3, DType::fp8_e5m2})
-                                     : shape_.dtype;
+    cache_dtype_ = format_ != nullptr ? DType::u8
+                   : rng.chance(0.4)  ? rng.pick({DType::fp8_e4m3, DType::fp8_e5m2})
+                                      : shape_.dtype;
     make_memory(rng);
     expected_ = oracle::mla_decode(args());
   }
@@ -84,7 +84,7 @@ class MlaDecodeCase final : public Case {
 
   std::string describe() const override {
     return fmt::format("{} block_size {} kv {}{}", shape_.describe(), block_size_,
-                       ds_mla_ ? "fp8_ds_mla" : to_string(cache_dtype_),
+                       format_ != nullptr ? format_->name : to_string(cache_dtype_),
                        planned_ ? " planned" : "");
   }
 
@@ -107,31 +107,28 @@ class MlaDecodeCase final : public Case {
       kv_scale_.set(0, std::exp2(2.0 * rng.uniform() - 1.0));
     }
     RandomBlocks blocks(rng, shape_.seq_lens, shape_.hidden_keys(), block_size_, rows.padded);
-    const int width = ds_mla_ ? fp8_ds_mla::kRowBytes : shape_.head_dim;
-    cache_ = Storage(rng, cache_dtype_, {blocks.num_blocks, block_size_, width}, rows);
+    cache_ = format_ != nullptr ? coded_storage(rng, *format_, blocks.num_blocks, block_size_, rows)
+                                : Storage(rng, cache_dtype_,
+                                          {blocks.num_blocks, block_size_, shape_.head_dim}, rows);
     for (int r = 0; r < shape_.num_reqs(); ++r) {
       for (std::int64_t j = shape_.first_visible_key(r);
            j < shape_.seq_lens[static_cast<std::size_t>(r)]; ++j)
-        fill_row(rng, cache_.offset({blocks.block(r, j), j % block_size_, 0}));
+        fill_row(rng, blocks.block(r, j), j % block_size_);
     }
     table_ = std::move(blocks.table);
     out_.freeze();
     lse_.freeze();
   }
 
-  void fill_row(Rng& rng, std::int64_t offset) {
-    if (!ds_mla_) {
-      cache_.set_random(rng, offset, shape_.head_dim, 1.0);
-      return;
+  void fill_row(Rng& rng, std::int64_t block, std::int64_t offset) {
+    if (format_ != nullptr) {
+      set_random_coded_row(rng, cache_view(), *format_, block, offset);
+    } else {
+      cache_.set_random(rng, cache_.offset({block, offset, 0}), shape_.head_dim, 1.0);
     }
-    std::array<double, fp8_ds_mla::kLatent> latent{};
-    std::array<std::uint16_t, fp8_ds_mla::kRope> rope{};
-    std::array<std::uint8_t, fp8_ds_mla::kRowBytes> row{};
-    const double size = std::exp2(4.0 * rng.uniform() - 2.0);
-    for (double& x : latent) x = size * rng.bell();
-    for (std::uint16_t& bits : rope) bits = to_bf16(static_cast<float>(rng.bell())).bits;
-    oracle::fp8_ds_mla_encode(latent, rope, row);
-    std::memcpy(static_cast<std::uint8_t*>(cache_.view().data) + offset, row.data(), row.size());
+  }
+  TensorView cache_view() const {
+    return format_ != nullptr ? coded_view(cache_, *format_, block_size_) : cache_.view();
   }
 
   AttentionPlanInput plan_input(const Executor& executor) const {
@@ -152,7 +149,7 @@ class MlaDecodeCase final : public Case {
   MlaDecodeArgs args() const {
     MlaDecodeArgs a;
     a.q = q_.view();
-    a.kv_cache = cache_.view();
+    a.kv_cache = cache_view();
     a.block_table = table_.view();
     a.query_start_loc = query_start_loc_.view();
     a.seq_lens = seq_lens_.view();
@@ -165,7 +162,8 @@ class MlaDecodeCase final : public Case {
 
   AttentionShape shape_;
   std::vector<std::int32_t> query_start_;
-  bool ds_mla_ = false, planned_ = false;
+  const RowFormat* format_ = nullptr;
+  bool planned_ = false;
   int block_size_ = 16;
   DType cache_dtype_ = DType::bf16;
   HeadValues head_values_;

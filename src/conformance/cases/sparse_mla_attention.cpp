@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <fmt/format.h>
 
-#include <array>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -10,10 +9,10 @@
 #include <vector>
 
 #include "attend/cache/fp8_ds_mla.h"
-#include "attend/core/float_types.h"
-#include "attend/oracle/quantize.h"
+#include "attend/cache/fp8_ds_v4.h"
 #include "attend/oracle/sparse_mla.h"
 #include "conformance/check.h"
+#include "conformance/coded_rows.h"
 #include "conformance/storage.h"
 
 namespace attend::conformance {
@@ -27,14 +26,14 @@ class SparseMlaCase final : public Case {
  public:
   explicit SparseMlaCase(Rng& rng) {
     dtype_ = rng.pick({DType::f32, DType::f16, DType::bf16});
-    ds_mla_ = rng.chance(0.3);
-    if (ds_mla_) dtype_ = DType::bf16;
-    sizes_ = ds_mla_
-                 ? Sizes{576, 512}
+    if (rng.chance(0.4)) format_ = rng.chance(0.5) ? &fp8_ds_mla::kFormat : &fp8_ds_v4::kFormat;
+    if (format_ != nullptr) dtype_ = DType::bf16;
+    sizes_ = format_ != nullptr
+                 ? Sizes{row_dim(*format_), format_->value_dim}
                  : rng.pick({Sizes{576, 512}, {512, 512}, {320, 256}, {72, 64}, {64, 64}, {24, 8}});
-    cache_dtype_ = ds_mla_           ? DType::u8
-                   : rng.chance(0.4) ? rng.pick({DType::fp8_e4m3, DType::fp8_e5m2})
-                                     : dtype_;
+    cache_dtype_ = format_ != nullptr ? DType::u8
+                   : rng.chance(0.4)  ? rng.pick({DType::fp8_e4m3, DType::fp8_e5m2})
+                                      : dtype_;
     heads_ = rng.pick({1, 2, 5, 12, 16, 17, 32, 64, 128});
     tokens_ = rng.range(0, 6);
     topk_ = rng.pick({1, 2, 31, 64, 250, 256, 257, 300, 600});
@@ -79,10 +78,10 @@ class SparseMlaCase final : public Case {
   }
 
   std::string describe() const override {
-    return fmt::format("{} kv {} tokens {} heads {} dim {} latent {} topk {} block_size {}{}",
-                       to_string(dtype_), ds_mla_ ? "fp8_ds_mla" : to_string(cache_dtype_), tokens_,
-                       heads_, sizes_.dim, sizes_.latent, topk_, block_size_,
-                       planned_ ? " planned" : "");
+    return fmt::format(
+        "{} kv {} tokens {} heads {} dim {} latent {} topk {} block_size {}{}", to_string(dtype_),
+        format_ != nullptr ? format_->name : to_string(cache_dtype_), tokens_, heads_, sizes_.dim,
+        sizes_.latent, topk_, block_size_, planned_ ? " planned" : "");
   }
 
  private:
@@ -106,9 +105,9 @@ class SparseMlaCase final : public Case {
     }
     block_size_ = rng.pick({1, 3, 16, 64});
     num_blocks_ = rng.range(1, 700 / block_size_ + 1);
-    cache_ =
-        Storage(rng, cache_dtype_,
-                {num_blocks_, block_size_, ds_mla_ ? fp8_ds_mla::kRowBytes : sizes_.dim}, rows);
+    cache_ = format_ != nullptr
+                 ? coded_storage(rng, *format_, num_blocks_, block_size_, rows)
+                 : Storage(rng, cache_dtype_, {num_blocks_, block_size_, sizes_.dim}, rows);
     written_.assign(static_cast<std::size_t>(capacity()), false);
     name_keys(rng, rows);
     out_.freeze();
@@ -145,25 +144,22 @@ class SparseMlaCase final : public Case {
   void fill_row(Rng& rng, std::int32_t slot) {
     if (written_[static_cast<std::size_t>(slot)]) return;
     written_[static_cast<std::size_t>(slot)] = true;
-    const std::int64_t offset = cache_.offset({slot / block_size_, slot % block_size_, 0});
-    if (!ds_mla_) {
-      cache_.set_random(rng, offset, sizes_.dim, 1.0);
-      return;
+    const int block = slot / block_size_, offset = slot % block_size_;
+    if (format_ != nullptr) {
+      set_random_coded_row(rng, cache_view(), *format_, block, offset);
+    } else {
+      cache_.set_random(rng, cache_.offset({block, offset, 0}), sizes_.dim, 1.0);
     }
-    std::array<double, fp8_ds_mla::kLatent> latent{};
-    std::array<std::uint16_t, fp8_ds_mla::kRope> rope{};
-    std::array<std::uint8_t, fp8_ds_mla::kRowBytes> row{};
-    const double size = std::exp2(4.0 * rng.uniform() - 2.0);
-    for (double& x : latent) x = size * rng.bell();
-    for (std::uint16_t& bits : rope) bits = to_bf16(static_cast<float>(rng.bell())).bits;
-    oracle::fp8_ds_mla_encode(latent, rope, row);
-    std::memcpy(static_cast<std::uint8_t*>(cache_.view().data) + offset, row.data(), row.size());
+  }
+
+  TensorView cache_view() const {
+    return format_ != nullptr ? coded_view(cache_, *format_, block_size_) : cache_.view();
   }
 
   SparseMlaArgs args() const {
     SparseMlaArgs a;
     a.q = q_.view();
-    a.kv_cache = cache_.view();
+    a.kv_cache = cache_view();
     a.indices = indices_.view();
     a.topk_length = topk_length_.view();
     a.out = out_.view();
@@ -176,7 +172,8 @@ class SparseMlaCase final : public Case {
   }
 
   DType dtype_ = DType::bf16, cache_dtype_ = DType::bf16;
-  bool ds_mla_ = false, planned_ = false;
+  const RowFormat* format_ = nullptr;
+  bool planned_ = false;
   Sizes sizes_{};
   int heads_ = 1, tokens_ = 1, topk_ = 1, block_size_ = 16, num_blocks_ = 1;
   float scale_ = 1.0F;

@@ -188,7 +188,7 @@ struct AmxUnitRunner : UnitRunner<bf16, K, V> {
   }
   bf16* copy_of_key(int j) const { return staged_k + std::int64_t{j} * padded_dim(); }
   ATTEND_NOINLINE void copy_keys() {
-    const Decoder<K> decoder{};
+    const Decoder<K> decoder(p);
     for (int j = unit_keys.lo; j < unit_keys.hi; ++j) copy_key(decoder, j, copy_of_key(j));
   }
   /// Key j as whole steps of bf16 numbers.
@@ -238,7 +238,7 @@ struct AmxUnitRunner : UnitRunner<bf16, K, V> {
   /// Copies keys [j, j + count). Keys that no row sees have the address of one that a row sees.
   ATTEND_NOINLINE void copy_tiles(int j, int count, bf16* to) {
     const InPhase packing(this->clock, Phase::pack);
-    const Decoder<K> decoder{};
+    const Decoder<K> decoder(p);
     PrefetchRows<K, V> fetch = next;  // stores do not change it
     for (int i = 0; i < count; ++i) {
       copy_key(decoder, j + i, to + std::int64_t{i} * padded_dim());

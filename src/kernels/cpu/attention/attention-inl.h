@@ -17,7 +17,7 @@ constexpr AttentionKernel make_entry(IsaLevel level) noexcept {
           &run_unit<bf16, fp8_e4m3>,
           &run_unit<bf16, fp8_e5m2>,
           &run_unit<bf16, std::int8_t>,
-          &run_unit<bf16, DsMlaByte, bf16>,
+          &run_unit<bf16, CodedByte, bf16>,
           &reduce_unit<float>,
           &reduce_unit<f16>,
           &reduce_unit<bf16>};

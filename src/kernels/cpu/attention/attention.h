@@ -2,7 +2,7 @@
 #pragma once
 #include <cstdint>
 
-#include "attend/cache/fp8_ds_mla.h"
+#include "attend/cache/row_format.h"
 #include "attend/core/cpu.h"
 #include "attend/core/dtype.h"
 #include "attend/plan/attention_plan.h"
@@ -33,6 +33,14 @@ struct KvStrides {
   std::int64_t head = 0;
 };
 
+/// How rows of bytes, with u8 as type, become numbers.
+struct CodedRows {
+  const RowFormat* format = nullptr;
+  // If scales lie apart: blocks begin at the first key and so many bytes on, none below it.
+  std::int64_t block_bytes = 0;
+  int block_size = 0;
+};
+
 /// Factors of stored values per request and kv head.
 struct Descale {
   const float* data = nullptr;  ///< null = 1
@@ -46,7 +54,7 @@ struct Descale {
 struct AttentionProblem {
   /// f32, f16 or bf16, all alike. Or codes as keys and values (fp8; int8 with scales a token): then
   /// q and out may be any float type. Or int8 q and k: then v is i8, f16 or bf16. Or u8 as k and v:
-  /// fp8_ds_mla rows, then q and out may be any float type; strides are bytes.
+  /// rows of bytes, see CodedRows; then q and out may be any float type, strides are bytes.
   DType q_dtype = DType::f32, k_dtype = DType::f32, v_dtype = DType::f32, out_dtype = DType::f32;
   Descale q_descale, k_descale, v_descale;
   /// Scales of single keys and values, beside their rows; null = none.
@@ -69,8 +77,9 @@ struct AttentionProblem {
   RowLayout q_layout, out_layout, lse_layout, max_logits_layout;
   KvStrides k_strides, v_strides;
   /// Values are the first elements of the keys, as in a latent cache: v and its strides are those
-  /// of k. Always so for fp8_ds_mla rows.
+  /// of k. Always so for rows of bytes.
   bool values_in_keys = false;
+  CodedRows coded;
   /// [T, Hq, head_dim_v + plan::kCarryHeader] state that rows begin with or end in; null = off.
   float* carry = nullptr;
   int carry_heads = 0;                    ///< Hq
@@ -133,7 +142,7 @@ struct AttentionKernel {
   RunUnitFn run_unit_e4m3 = nullptr;
   RunUnitFn run_unit_e5m2 = nullptr;
   RunUnitFn run_unit_i8 = nullptr;
-  RunUnitFn run_unit_ds_mla = nullptr;
+  RunUnitFn run_unit_coded = nullptr;
   // By the type of the outputs.
   ReduceFn reduce_f32 = nullptr;
   ReduceFn reduce_f16 = nullptr;
@@ -151,7 +160,7 @@ struct AttentionKernel {
       case DType::i8:
         return run_unit_i8;
       case DType::u8:
-        return run_unit_ds_mla;
+        return run_unit_coded;
       default:
         return run_unit_bf16;
     }

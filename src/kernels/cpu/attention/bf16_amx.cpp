@@ -38,7 +38,7 @@ extern constinit const AttentionKernel kAttentionKernel = {
     .run_unit_e4m3 = &run_amx_unit<fp8_e4m3>,
     .run_unit_e5m2 = &run_amx_unit<fp8_e5m2>,
     .run_unit_i8 = &run_amx_unit<std::int8_t>,
-    .run_unit_ds_mla = &run_amx_unit<DsMlaByte, bf16>,
+    .run_unit_coded = &run_amx_unit<CodedByte, bf16>,
 };
 }  // namespace attend::cpu::amx
 ATTEND_REGION_END

@@ -31,7 +31,7 @@ extern constinit const AttentionKernel kAttentionKernel = {
     .isa = IsaLevel::avx512_spr,
     .run_unit_e4m3 = &run_unit<bf16, fp8_e4m3>,
     .run_unit_e5m2 = &run_unit<bf16, fp8_e5m2>,
-    .run_unit_ds_mla = &run_unit<bf16, DsMlaByte, bf16>,
+    .run_unit_coded = &run_unit<bf16, CodedByte, bf16>,
 };
 }  // namespace attend::cpu::avx512_spr
 ATTEND_REGION_END

@@ -81,19 +81,19 @@ ATTEND_INLINE void fill_rows(const AttentionProblem& p, const HeadRows<T>& from,
                [&](int j, const T* row) ATTEND_LAMBDA { rows[j - begin] = row; });
 }
 
-/// A byte of an fp8_ds_mla row.
-struct DsMlaByte {
+/// A byte of a row that is told by its RowFormat.
+struct CodedByte {
   std::uint8_t bits;
 };
 
 /// One worker's arrays, and the unit they hold. Keys and values lie in memory as `K` and `V` and
 /// are multiplied as T, except that int8 keys of int8 queries are multiplied as they are. Codes are
-/// staged: decoded to bf16, which holds each of them exactly, a piece at a time. So are fp8_ds_mla
-/// rows, whose numbers are bf16 by definition; their values, V = bf16, are the staged keys.
+/// staged: decoded to bf16, which holds each of them exactly, a piece at a time. So are rows of
+/// bytes, whose numbers are bf16 by definition; their values, V = bf16, are the staged keys.
 template <typename T, typename K, typename V>
 struct UnitState {
   static constexpr bool kStagedKeys = !std::is_same_v<T, K>, kStagedValues = !std::is_same_v<T, V>,
-                        kValuesAreKeys = std::is_same_v<K, DsMlaByte>;
+                        kValuesAreKeys = std::is_same_v<K, CodedByte>;
   const AttentionProblem& p;
   const WorkUnit& u;
   const WorkUnit* following;

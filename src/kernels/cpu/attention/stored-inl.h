@@ -35,8 +35,8 @@ template <typename Code>
 struct Decoder {
 #if ATTEND_VBMI
   CodeTable<Code> table;
-  ATTEND_INLINE Decoder() : table() {}
 #endif
+  ATTEND_INLINE explicit Decoder(const AttentionProblem& /*p*/) {}
   ATTEND_INLINE void decode(const Code* from, int n, bf16* to) const {
     int whole = 0;
 #if ATTEND_VBMI
@@ -50,23 +50,62 @@ struct Decoder {
   }
 };
 
-/// Rows of 512 scaled codes and 64 bf16 numbers to 576 of these.
+/// Rows of scaled codes and bf16 numbers to bf16 numbers.
 template <>
-struct Decoder<DsMlaByte> {
+struct Decoder<CodedByte> {
   Decoder<fp8_e4m3> codes;
-  ATTEND_INLINE Decoder() : codes() {}
-  ATTEND_INLINE void decode(const DsMlaByte* row, int /*n*/, bf16* to) const {
+  const RowFormat& format;
+  const std::uint8_t* first;  // key of the cache
+  std::uint64_t block_bytes;
+  int block_size;
+
+  ATTEND_INLINE explicit Decoder(const AttentionProblem& p)
+      : codes(p),
+        format(*p.coded.format),
+        first(static_cast<const std::uint8_t*>(p.k)),
+        block_bytes(static_cast<std::uint64_t>(p.coded.block_bytes)),
+        block_size(p.coded.block_size) {}
+
+  ATTEND_INLINE const std::uint8_t* scales_of(const CodedByte* row) const {
     const std::uint8_t* bytes = &row->bits;
-    for (int tile = 0; tile < fp8_ds_mla::kTiles; ++tile, to += fp8_ds_mla::kTile) {
+    if (!format.scales_apart) return bytes + format.scales_at;
+    const auto in_block =
+        static_cast<std::uint32_t>(static_cast<std::uint64_t>(bytes - first) % block_bytes);
+    const std::uint32_t token = in_block / static_cast<std::uint32_t>(format.step);
+    return bytes - in_block + std::int64_t{block_size} * format.step +
+           std::int64_t{token} * format.scale_bytes;
+  }
+  ATTEND_INLINE static float power_of_two(std::uint32_t exponent) {
+    const std::uint32_t bits = exponent == 255 ? 0x7fc00000U : exponent << 23;
+    return std::bit_cast<float>(exponent == 0 ? 0x00400000U : bits);
+  }
+  template <int kTile>
+  ATTEND_INLINE void decode_tiles(const std::uint8_t* bytes, const std::uint8_t* scales,
+                                  bf16* to) const {
+    for (int d = 0; d < format.latent; d += kTile, to += kTile) {
       float scale;
-      std::memcpy(&scale, bytes + fp8_ds_mla::kScalesAt + tile * sizeof scale, sizeof scale);
+      if (format.scale == RowScale::f32) {
+        std::memcpy(&scale, scales, sizeof scale);
+        scales += sizeof scale;
+      } else {
+        scale = power_of_two(*scales++);
+      }
       const Simd::F factor = Simd::set1(scale);
-      alignas(64) bf16 plain[fp8_ds_mla::kTile];
-      codes.decode(reinterpret_cast<const fp8_e4m3*>(bytes + tile * fp8_ds_mla::kTile),
-                   fp8_ds_mla::kTile, plain);
-      for (int i = 0; i < fp8_ds_mla::kTile; i += Simd::kLanes)
+      alignas(64) bf16 plain[kTile];
+      codes.decode(reinterpret_cast<const fp8_e4m3*>(bytes + d), kTile, plain);
+      for (int i = 0; i < kTile; i += Simd::kLanes)
         Simd::narrow(to + i, Simd::mul(Simd::widen(plain + i), factor));
     }
-    std::memcpy(to, bytes + fp8_ds_mla::kRopeAt, fp8_ds_mla::kRope * sizeof(bf16));
+  }
+  ATTEND_INLINE void decode(const CodedByte* row, int /*n*/, bf16* to) const {
+    const std::uint8_t* bytes = &row->bits;
+    const std::uint8_t* scales = scales_of(row);
+    if (format.tile == 128) {
+      decode_tiles<128>(bytes, scales, to);
+    } else {
+      decode_tiles<64>(bytes, scales, to);
+    }
+    std::memcpy(to + format.latent, bytes + format.rope_at,
+                static_cast<std::size_t>(format.rope) * sizeof(bf16));
   }
 };

@@ -177,6 +177,25 @@ struct UnitRunner : UnitState<T, K, V> {
                  });
   }
 
+  /// Elements of a stored key.
+  int row_step() const {
+    if constexpr (kValuesAreKeys) {
+      return p.coded.format->step;
+    } else {
+      return p.head_dim_qk;
+    }
+  }
+
+  /// Fetches the scales of the keys of `range` that lie apart from them.
+  ATTEND_NOINLINE void fetch_coded_scales(KeyRange range) const {
+    if constexpr (kValuesAreKeys) {
+      if (!p.coded.format->scales_apart) return;
+      const Decoder<K> decoder(p);
+      for (int j = range.lo; j < range.hi; ++j)
+        __builtin_prefetch(decoder.scales_of(next_k_rows[j]), 0, 2);
+    }
+  }
+
   /// A single tile means decode, bound by memory: it fetches the next piece meanwhile.
   bool fetches() const { return rows <= Simd::kTileRows; }
   bool paired_columns() const {
@@ -556,7 +575,7 @@ struct UnitRunner : UnitState<T, K, V> {
       v_rows[j] = kValuesAreKeys ? k_rows[j] : staged_v + row * p.head_dim_v;
     }
     if (!packs_codes()) {
-      const Decoder<K> decoder;
+      const Decoder<K> decoder(p);
       for (int j = range.lo; j < range.hi; ++j) {
         if (fetches()) next.template lines<1>();
         decoder.decode(stored_k_rows[j], p.head_dim_qk, staged_k + std::int64_t{j} * p.head_dim_qk);
@@ -568,7 +587,7 @@ struct UnitRunner : UnitState<T, K, V> {
   }
 
   ATTEND_INLINE void decode_values(KeyRange range) {
-    const Decoder<V> decoder;
+    const Decoder<V> decoder(p);
     for (int j = range.lo; j < range.hi; ++j) {
       if (fetches()) next.template lines<1>();
       decoder.decode(stored_v_rows[j], p.head_dim_v, staged_v + std::int64_t{j} * p.head_dim_v);
@@ -686,6 +705,7 @@ struct UnitRunner : UnitState<T, K, V> {
     point_rows(unit, next_range, base);
     if (p.k_scale != nullptr) fetch_scales(unit, p.k_scale, p.k_scale_strides, next_range, base);
     if (p.v_scale != nullptr) fetch_scales(unit, p.v_scale, p.v_scale_strides, next_range, base);
+    fetch_coded_scales(next_range);
     has_next = true;
   }
 
@@ -699,7 +719,7 @@ struct UnitRunner : UnitState<T, K, V> {
     }
     next = {has_next ? next_k_rows : stored_k_rows,
             has_next ? next_v_rows : stored_v_rows,
-            kValuesAreKeys ? fp8_ds_mla::kRowBytes : p.head_dim_qk,
+            row_step(),
             p.head_dim_v,
             range.lo,
             range.hi,
