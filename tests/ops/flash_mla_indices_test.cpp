@@ -137,6 +137,51 @@ TEST_P(FlashMlaIndices, ASecondCacheGoesOnWhereTheFirstOneEnds) {
   }
 }
 
+// Request r of the call, alone.
+FlashMlaWithKvCacheArgs only(const FlashMlaWithKvCacheArgs& a, std::int64_t r) {
+  FlashMlaWithKvCacheArgs one = a;
+  one.q = a.q.slice(0, r, 1);
+  one.indices = a.indices.slice(0, r, 1);
+  if (a.extra_indices.defined()) one.extra_indices = a.extra_indices.slice(0, r, 1);
+  one.out = a.out.slice(0, r, 1);
+  one.lse = a.lse.slice(0, r, 1);
+  return one;
+}
+
+TEST_P(FlashMlaIndices, BitsDoNotDependOnTheBatchTheTokensOfACallOrWorkers) {
+  for (const DType cache : {DType::bf16, DType::u8}) {
+    for (const bool extra : {false, true}) {
+      const std::vector<int> keys = {900, 3, 256, 0};
+      IndexedCall single(cache, 1, keys, 1000), pairs(cache, 2, keys, 1000);
+      const auto call = [&](const IndexedCall& c) {
+        FlashMlaWithKvCacheArgs a = c.args();
+        if (!extra) return a;
+        a.extra_k_cache = a.k_cache;
+        a.extra_indices = a.indices.slice(2, 300, 700);
+        a.indices = a.indices.slice(2, 0, 300);
+        return a;
+      };
+      flash_mla_with_kvcache(call(single), nullptr, GetParam());
+      const auto out = single.batch.out.snapshot(), lse = single.lse.snapshot();
+      for (const int workers : {1, 2, 5}) {
+        const auto pool = make_thread_pool(workers);
+        single.batch.out.fill_bytes(0x5a);
+        flash_mla_with_kvcache(call(single), pool.get(), GetParam());
+        EXPECT_EQ(single.batch.out.snapshot(), out) << workers << " workers, extra " << extra;
+        EXPECT_EQ(single.lse.snapshot(), lse);
+        single.batch.out.fill_bytes(0x5a);
+        for (std::int64_t r = 0; r < 4; ++r)
+          flash_mla_with_kvcache(only(call(single), r), pool.get(), GetParam());
+        EXPECT_EQ(single.batch.out.snapshot(), out) << "alone, extra " << extra;
+        EXPECT_EQ(single.lse.snapshot(), lse);
+        pairs.batch.out.fill_bytes(0x5a);
+        flash_mla_with_kvcache(call(pairs), pool.get(), GetParam());
+        EXPECT_EQ(pairs.batch.out.snapshot(), out) << "two tokens a request, extra " << extra;
+      }
+    }
+  }
+}
+
 TEST_P(FlashMlaIndices, SinksCountOnceWithTwoCaches) {
   IndexedCall c(DType::bf16, 1, {100}, 100);
   FlashMlaWithKvCacheArgs a = c.args();

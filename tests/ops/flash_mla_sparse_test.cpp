@@ -6,9 +6,11 @@
 #include <functional>
 #include <limits>
 #include <string>
+#include <utility>
 
 #include "attend/core/error.h"
 #include "attend/ops/flash_mla.h"
+#include "attend/oracle/sparse_mla.h"
 #include "sparse_batch.h"
 
 namespace attend::testing {
@@ -61,6 +63,63 @@ TEST_P(FlashMlaSparse, HasTheBitsOfSparseAttention) {
         EXPECT_EQ(get(lse, {2, h}), kInf);
         EXPECT_EQ(get(sparse.max_logits, {2, h}), -kInf);
       }
+    }
+  }
+}
+
+TEST_P(FlashMlaSparse, BitsDoNotDependOnTheBatchOrWorkers) {
+  for (const DType dtype : {DType::bf16, DType::f32}) {
+    LatentBatch batch(rows_of(dtype), {{0, 900, 1}, {1, 3, 1}, {2, 256, 1}});
+    SparseBatch sparse(batch, 1000);
+    const FlashMlaSparseFwdArgs all = flash_args(sparse.args());
+    flash_mla_sparse_fwd(all, nullptr, GetParam());
+    const auto out = batch.out.snapshot(), lse = batch.lse.snapshot(),
+               max_logits = sparse.max_logits.snapshot();
+    for (const int workers : {1, 2, 5}) {
+      const auto pool = make_thread_pool(workers);
+      batch.out.fill_bytes(0x5a);
+      flash_mla_sparse_fwd(all, pool.get(), GetParam());
+      EXPECT_EQ(batch.out.snapshot(), out) << workers;
+      batch.out.fill_bytes(0x5a);
+      for (std::int64_t t = 0; t < 3; ++t) {
+        FlashMlaSparseFwdArgs one = all;
+        one.q = all.q.slice(0, t, 1);
+        one.indices = all.indices.slice(0, t, 1);
+        one.out = all.out.slice(0, t, 1);
+        one.lse = all.lse.slice(0, t, 1);
+        one.max_logits = all.max_logits.slice(0, t, 1);
+        flash_mla_sparse_fwd(one, pool.get(), GetParam());
+      }
+      EXPECT_EQ(batch.out.snapshot(), out) << workers << " workers, alone";
+      EXPECT_EQ(batch.lse.snapshot(), lse);
+      EXPECT_EQ(sparse.max_logits.snapshot(), max_logits);
+    }
+  }
+}
+
+// The reference does not know an order: another one stays within the same bounds of it.
+TEST_P(FlashMlaSparse, AnotherOrderStaysWithinTheBounds) {
+  Rng rng(31);
+  SCOPED_TRACE(rng.trace());
+  for (const DType dtype : {DType::bf16, DType::f32}) {
+    LatentBatch batch(rows_of(dtype), {{0, 700, 1}});
+    SparseBatch sparse(batch, 700);
+    const SparseMlaArgs s = sparse.args();
+    const oracle::SparseMlaResult wanted = oracle::sparse_mla_attention(s);
+    const auto indices = sparse.indices.as<std::int32_t>();
+    for (int order = 0; order < 3; ++order) {
+      flash_mla_sparse_fwd(flash_args(s), nullptr, GetParam());
+      for (std::int64_t h = 0; h < 4; ++h) {
+        const auto at = static_cast<std::size_t>(h);
+        EXPECT_NEAR(get(batch.lse, {0, h}), wanted.lse[at], wanted.lse_bound[at]);
+        for (std::int64_t d = 0; d < 512; ++d) {
+          const auto i = static_cast<std::size_t>(h * 512 + d);
+          ASSERT_NEAR(get(batch.out, {0, h, d}), wanted.out[i], wanted.out_bound[i]);
+        }
+      }
+      for (std::size_t i = indices.size(); i > 1; --i)
+        std::swap(indices[i - 1],
+                  indices[static_cast<std::size_t>(rng.integer(0, static_cast<int>(i) - 1))]);
     }
   }
 }
