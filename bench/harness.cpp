@@ -84,6 +84,7 @@ CaseResult measure(std::vector<Timed> all, Executor& executor, double seconds) {
   if (whole.part.bound == Bound::parts) whole.ceiling = whole.part.flops / parts_seconds * 1e-9;
   result.runs = static_cast<int>(whole.times.size());
   result.speed = whole.speed();
+  result.parts_over_whole = parts_seconds / result.speed.seconds;
   return result;
 }
 
@@ -111,7 +112,7 @@ std::unique_ptr<Executor> own_pool(const Case& c, const Executor& shared) {
 std::vector<Case> all_cases() {
   std::vector<Case> cases;
   for (const auto& some : {prefill_cases, decode_cases, cascade_cases, int8_cases, cache_cases,
-                           mla_cases, mla_context_cases, mla_projection_cases})
+                           mla_cases, mla_context_cases, mla_projection_cases, sparse_cases})
     for (Case& c : some()) cases.push_back(std::move(c));
   return cases;
 }
@@ -130,6 +131,7 @@ CaseResult run_case(const Case& c, Executor& shared, const Timing& timing) {
     for (Part& part : problem->parts()) all.push_back({std::move(part)});
     result = quietest(timing.attempts, [&] { return measure(all, executor, timing.seconds); });
     result.verified = true;
+    if (!c.against_parts) result.parts_over_whole = 0.0;
   }
   result.name = c.name;
   result.threads = executor.num_workers();

@@ -61,6 +61,8 @@ struct Case {
   Bound bound;
   std::function<std::unique_ptr<Problem>(Executor&)> make;
   int threads = 0;  ///< workers that it is for; 0 = as many as there are
+  /// The parts are another way to the same end: how many times as long they take is reported.
+  bool against_parts = false;
 };
 
 /// A pool for a case that wants another number of workers than `shared` has, else null.
@@ -76,6 +78,7 @@ std::vector<Case> cache_cases();
 std::vector<Case> mla_cases();
 std::vector<Case> mla_context_cases();
 std::vector<Case> mla_projection_cases();
+std::vector<Case> sparse_cases();
 
 /// How fast something is.
 struct Speed {
@@ -101,7 +104,8 @@ struct CaseResult {
   int threads = 0;      ///< workers that ran it
   Speed speed;
   int runs = 0;
-  std::vector<PartResult> parts;  ///< timed between the runs of the whole; empty unless they bind
+  std::vector<PartResult> parts;  ///< timed between the runs of the whole
+  double parts_over_whole = 0.0;  ///< times, for cases against their parts; 0 for others
   double lost_fraction = 0.0;     ///< time that other programs took before, between and after runs
   int attempts = 1;               ///< times that it was measured; this is the quietest
 

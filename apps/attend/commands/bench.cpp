@@ -59,6 +59,7 @@ ordered_json to_json(const CaseResult& r) {
   j["lost_fraction"] = r.lost_fraction;
   j["noisy"] = r.noisy();
   j["attempts"] = r.attempts;
+  if (r.parts_over_whole > 0.0) j["parts_over_whole"] = r.parts_over_whole;
   for (const auto& part : r.parts) j["parts"].push_back(to_json("part", part.name, part.speed));
   return j;
 }
@@ -96,6 +97,8 @@ void print_case(std::FILE* to, const CaseResult& r) {
       r.noisy() ? fmt::format("  (noisy: {:.0f} % lost to others)", 100 * r.lost_fraction) : "";
   print_speed(to, r.name, r.speed, mark);
   for (const auto& part : r.parts) print_speed(to, "  " + part.name, part.speed, "");
+  if (r.parts_over_whole > 0.0)
+    fmt::print(to, "  {:.1f} times as fast as that\n", r.parts_over_whole);
   std::fflush(to);
 }
 
