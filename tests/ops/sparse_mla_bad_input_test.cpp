@@ -4,6 +4,7 @@
 
 #include <cmath>
 #include <functional>
+#include <string>
 
 #include "attend/core/error.h"
 #include "sparse_batch.h"
@@ -95,6 +96,24 @@ TEST_P(SparseMlaBadInput, NamesTheArgumentAndWritesNothing) {
 
 INSTANTIATE_TEST_SUITE_P(All, SparseMlaBadInput, ::testing::ValuesIn(kBadCalls),
                          [](const auto& info) { return std::string(info.param.label); });
+
+TEST(SparseMlaCacheOfBytes, OfNoFormatIsToldTheFormats) {
+  LatentOptions o;
+  o.cache = DType::u8;
+  LatentBatch batch(o, {{0, 30, 1}});
+  SparseBatch sparse(batch, 64);
+  A a = sparse.args();
+  a.kv_cache.shape[2] = 600;
+  try {
+    sparse_mla_attention(a);
+    ADD_FAILURE() << "no exception";
+  } catch (const InvalidArgument& e) {
+    EXPECT_NE(std::string(e.what()).find(
+                  "expected rows of 656 bytes (fp8_ds_mla) or 584 bytes (fp8_ds_v4), got ["),
+              std::string::npos)
+        << e.what();
+  }
+}
 
 TEST(SparseMlaPlan, OfOtherSizesIsRefused) {
   LatentBatch batch({}, {{0, 30, 1}, {1, 70, 1}});
