@@ -60,9 +60,11 @@ TEST(Check, ExactArithmeticRunsWhatHasAChoice) {
     const bool some = row.op == "shared_prefixes" || row.op == "backend:FLASH_ATTN:int8";
     EXPECT_EQ(row.cases < options.cases, some) << row.op << " " << row.cases;
   }
-  EXPECT_THAT(names, ElementsAre("backend:FLASH_ATTN", "backend:FLASH_ATTN:int8",
-                                 "backend:FLASH_ATTN_MLA", "flash_attn_varlen",
-                                 "flash_attn_with_kvcache", "mla_decode", "shared_prefixes"));
+  EXPECT_THAT(
+      names,
+      ElementsAre("backend:FLASH_ATTN", "backend:FLASH_ATTN:int8", "backend:FLASH_ATTN_MLA",
+                  "flash_attn_varlen", "flash_attn_with_kvcache", "mla_decode", "shared_prefixes",
+                  "sparse_flash_mla_fwd", "sparse_flash_mla_with_kvcache", "sparse_mla_attention"));
   for (const CheckFailure& f : report.failures) {
     ADD_FAILURE() << f.problem << "\n" << f.message << "\nrepeat: " << f.command;
   }
