@@ -18,11 +18,11 @@ std::optional<IsaLevel> parse_isa(std::string_view name) noexcept;
 
 /// What cpuid and the operating system say about this machine.
 struct CpuInfo {
-  std::string model;  ///< brand string; empty if unknown
+  std::string model;                 ///< brand string; empty if unknown
   IsaLevel best = IsaLevel::scalar;  ///< that the machine has, and the library was built with
-  std::int64_t l1d_bytes = 0;  ///< per core; 0 if unknown
-  std::int64_t l2_bytes = 0;   ///< per core; 0 if unknown
-  std::int64_t l3_bytes = 0;   ///< shared; 0 if unknown
+  std::int64_t l1d_bytes = 0;        ///< per core; 0 if unknown
+  std::int64_t l2_bytes = 0;         ///< per core; 0 if unknown
+  std::int64_t l3_bytes = 0;         ///< shared; 0 if unknown
 };
 /// The first call asks Linux for the permission to use tiles if the CPU has them, for all threads
 /// of the process. From then on sigaltstack() refuses stacks that could not hold the tiles.
