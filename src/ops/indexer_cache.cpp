@@ -2,14 +2,12 @@
 #include "attend/ops/indexer_cache.h"
 
 #include <algorithm>
-#include <bit>
-#include <cmath>
 #include <cstring>
 
 #include "attend/core/float_types.h"
 #include "core/check.h"
 #include "ops/cache_rows.h"
-#include "ops/fp8_encode.h"
+#include "ops/indexer_encode.h"
 #include "ops/mla_rows.h"
 
 namespace attend {
@@ -29,28 +27,6 @@ void require_cache(std::string_view op, const ConstTensorView& cache) {
       [&] { return fmt::format("stride {} between rows of 132 bytes", cache.strides[1]); });
 }
 
-// The power of two that is not below a normal number.
-float round_up_to_power_of_two(float x) noexcept {
-  return std::bit_cast<float>((std::bit_cast<std::uint32_t>(x) + 0x007FFFFFU) & 0xFF800000U);
-}
-
-template <typename T>
-void encode_key(const T* k, IndexerScale format, std::uint8_t* codes, std::uint8_t* scale_bytes) {
-  float amax = 0.0F;
-  for (std::int64_t i = 0; i < kDim; ++i) {
-    const float magnitude = std::abs(to_f32(k[i]));
-    amax = std::isfinite(magnitude) ? std::max(amax, magnitude) : amax;
-  }
-  float scale = std::max(amax, kSmallestAmax) / E4m3Encoding::kLargest;
-  if (format == IndexerScale::ue8m0) scale = round_up_to_power_of_two(scale);
-  for (std::int64_t i = 0; i < kDim; ++i) {
-    const float x = to_f32(k[i]);
-    const std::uint32_t code = encode_fp8<E4m3Encoding>(x / scale);
-    codes[i] = static_cast<std::uint8_t>(std::isfinite(x) ? code : code | 0x7FU);
-  }
-  std::memcpy(scale_bytes, &scale, sizeof scale);
-}
-
 template <typename T>
 void write_keys(const IndexerKQuantAndCacheArgs& a, std::span<const std::int64_t> slots,
                 Executor* executor) {
@@ -63,9 +39,10 @@ void write_keys(const IndexerKQuantAndCacheArgs& a, std::span<const std::int64_t
       std::uint8_t* block =
           a.kv_cache.as<std::uint8_t>() + slots[t] / block_size * a.kv_cache.strides[0];
       const std::int64_t offset = slots[t] % block_size;
-      encode_key(a.k.as<T>() + static_cast<std::int64_t>(t) * a.k.strides[0], a.scale_fmt,
-                 block + indexer_cache::codes_at(offset),
-                 block + indexer_cache::scale_at(block_size, offset));
+      const float scale = ops::encode_indexer_row(
+          a.k.as<T>() + static_cast<std::int64_t>(t) * a.k.strides[0], {a.scale_fmt, kSmallestAmax},
+          block + indexer_cache::codes_at(offset));
+      std::memcpy(block + indexer_cache::scale_at(block_size, offset), &scale, sizeof scale);
     }
   });
 }

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "attend/ops/mla_weights.h"
 
-#include <algorithm>
 #include <array>
 
 #include "core/check.h"
+#include "ops/isa_choice.h"
 #include "ops/mla_pack.h"
 #include "ops/mla_product.h"
 
@@ -14,16 +14,6 @@ namespace {
 using check::Where;
 using cpu::BatchedProduct;
 using mla_pack::Matrices;
-
-IsaLevel checked_level(std::optional<IsaLevel> wanted) {
-  const IsaLevel level = wanted.value_or(active_isa());
-  const auto levels = available_isa_levels();
-  if (std::find(levels.begin(), levels.end(), level) == levels.end()) {
-    throw Unsupported(fmt::format("[MlaWeights::from_kv_b_proj] ISA level {}", to_string(level)),
-                      {"this machine does not have it"});
-  }
-  return level;
-}
 
 Buffer packed(const KvBProjArgs& a, const mla_pack::Source& source, int depth, int columns) {
   Matrices to{nullptr, a.dtype, depth, columns};
@@ -63,7 +53,8 @@ BatchedProduct product(const ConstTensorView& a, const Buffer& weights, const Te
 
 std::shared_ptr<const MlaWeights> MlaWeights::from_kv_b_proj(const KvBProjArgs& args) {
   mla_pack::validate(args);
-  return std::shared_ptr<const MlaWeights>(new MlaWeights(args, checked_level(args.isa)));
+  return std::shared_ptr<const MlaWeights>(
+      new MlaWeights(args, ops::checked_level("MlaWeights::from_kv_b_proj", args.isa)));
 }
 
 MlaWeights::MlaWeights(const KvBProjArgs& a, IsaLevel isa)
