@@ -8,6 +8,7 @@
 #include <random>
 #include <vector>
 
+#include "attend/core/cpu.h"
 #include "attend/core/workspace.h"
 #include "bench/kernels/kernels.h"
 #include "bench/noise.h"
@@ -82,6 +83,12 @@ double measure_passes(Executor& executor, std::size_t buffer_bytes, double secon
 
 double measure_fma_gflops(Executor& executor, double seconds) {
   return measure_ops(executor, ceiling_kernels().fma, seconds);
+}
+
+double measure_indexer_gflops(Executor& executor, double seconds) {
+  const CeilingKernels kernels = ceiling_kernels();
+  const bool tiles = kernels.bf16_tile != nullptr && active_isa() >= IsaLevel::amx;
+  return measure_ops(executor, tiles ? kernels.bf16_tile : kernels.fma, seconds);
 }
 
 double measure_int8_gops(Executor& executor, double seconds) {

@@ -29,6 +29,9 @@ Ceilings measure_ceilings(Executor& executor, std::size_t buffer_bytes, double s
 
 /// Single figures, for measuring beside a case.
 double measure_fma_gflops(Executor& executor, double seconds);
+/// What the indexer's kernels of the active level multiply with: tiles of bf16 where it has AMX,
+/// else float32.
+double measure_indexer_gflops(Executor& executor, double seconds);
 /// Of the best instructions that there are: float32 ones where int8 dot products are missing.
 double measure_int8_gops(Executor& executor, double seconds);
 double measure_read_gbps(Executor& executor, std::size_t buffer_bytes, double seconds);

@@ -36,16 +36,27 @@ struct Timed {
   }
 
  private:
-  static double measure_bound(const Part& part, Executor& executor) {
+  /// Decides which bound it is, too, if that depends on the machine.
+  static double measure_bound(Part& part, Executor& executor) {
     constexpr double kSeconds = 0.15, kLargestRead = 2e9;
     switch (part.bound) {
       case Bound::compute:
         return measure_fma_gflops(executor, kSeconds);
       case Bound::int8_compute:
         return measure_int8_gops(executor, kSeconds);
+      case Bound::indexer_compute:
+        return measure_indexer_gflops(executor, kSeconds);
       case Bound::memory:
         return measure_read_gbps(
             executor, static_cast<std::size_t>(std::min(part.bytes, kLargestRead)), kSeconds);
+      case Bound::indexer: {
+        const double gflops = measure_indexer_gflops(executor, kSeconds);
+        const double gbps =
+            measure_read_gbps(executor, static_cast<std::size_t>(part.bytes), kSeconds);
+        const bool reads = part.bytes / gbps > part.flops / gflops;
+        part.bound = reads ? Bound::memory : Bound::indexer_compute;
+        return reads ? gbps : gflops;
+      }
       case Bound::parts:
         break;
     }
@@ -96,6 +107,10 @@ std::string_view to_string(Bound bound) noexcept {
       return "compute";
     case Bound::int8_compute:
       return "int8 compute";
+    case Bound::indexer_compute:
+      return "compute of the indexer";
+    case Bound::indexer:
+      return "compute of the indexer or memory";
     case Bound::memory:
       return "memory";
     case Bound::parts:
@@ -111,8 +126,9 @@ std::unique_ptr<Executor> own_pool(const Case& c, const Executor& shared) {
 
 std::vector<Case> all_cases() {
   std::vector<Case> cases;
-  for (const auto& some : {prefill_cases, decode_cases, cascade_cases, int8_cases, cache_cases,
-                           mla_cases, mla_context_cases, mla_projection_cases, sparse_cases})
+  for (const auto& some :
+       {prefill_cases, decode_cases, cascade_cases, int8_cases, cache_cases, indexer_cases,
+        mla_cases, mla_context_cases, mla_projection_cases, sparse_cases})
     for (Case& c : some()) cases.push_back(std::move(c));
   return cases;
 }

@@ -18,10 +18,12 @@ namespace attend::bench {
 
 /// Which ceiling binds a case.
 enum class Bound : std::uint8_t {
-  compute,       ///< float32 multiply-adds, for 16-bit types too
-  int8_compute,  ///< int8 dot products
-  memory,        ///< sequential reads
-  parts,         ///< what the case's parts take one after the other
+  compute,          ///< float32 multiply-adds, for 16-bit types too
+  int8_compute,     ///< int8 dot products
+  indexer_compute,  ///< products of the indexer's kernels, see measure_indexer_gflops()
+  indexer,  ///< those or sequential reads, whichever takes longer as measured beside the case
+  memory,   ///< sequential reads
+  parts,    ///< what the case's parts take one after the other
 };
 std::string_view to_string(Bound bound) noexcept;
 
@@ -73,6 +75,7 @@ std::vector<Case> all_cases();
 std::vector<Case> prefill_cases();
 std::vector<Case> decode_cases();
 std::vector<Case> cascade_cases();
+std::vector<Case> indexer_cases();
 std::vector<Case> int8_cases();
 std::vector<Case> cache_cases();
 std::vector<Case> mla_cases();

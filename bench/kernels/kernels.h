@@ -13,7 +13,7 @@ using ReadLoopFn = void (*)(const void* data, std::size_t bytes) noexcept;
 
 /// Null where this machine cannot run it.
 struct CeilingKernels {
-  OpLoopFn fma, bf16_dot, int8_dot;
+  OpLoopFn fma, bf16_dot, int8_dot, bf16_tile;
   ReadLoopFn read;
 };
 /// Kernels for the best level of this machine.
@@ -33,5 +33,8 @@ double bf16_dot_loop(std::int64_t rounds) noexcept;
 double int8_dot_loop(std::int64_t rounds) noexcept;
 void read_loop(const void* data, std::size_t bytes) noexcept;
 }  // namespace avx512
+namespace amx {
+double bf16_tile_loop(std::int64_t rounds) noexcept;
+}  // namespace amx
 
 }  // namespace attend::bench

@@ -28,6 +28,7 @@
 #include "attend/core/workspace.h"
 #include "attend/dist/communicator.h"
 #include "attend/dist/decode_context_parallel.h"
+#include "attend/dist/indexer.h"
 #include "attend/dist/mla.h"
 #include "attend/ops/attention.h"
 #include "attend/ops/cache.h"

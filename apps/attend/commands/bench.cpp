@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstdio>
 
+#include "attend/core/cpu.h"
 #include "attend/core/error.h"
 #include "bench/harness.h"
 #include "cli.h"
@@ -74,6 +75,9 @@ const char* unit_of(Bound bound) {
       return "GFLOP/s";
     case Bound::int8_compute:
       return "int8 GOP/s";
+    case Bound::indexer_compute:
+    case Bound::indexer:
+      return active_isa() >= IsaLevel::amx ? "GFLOP/s in bf16 tiles" : "GFLOP/s";
     case Bound::memory:
       return "GB/s";
     case Bound::parts:

@@ -51,8 +51,45 @@ struct alignas(64) Products {
   float tile[4][kTileFloats];
 };
 
+/// Sums over heads: [head tile][key tile].
+struct alignas(64) Sums {
+  float of[4][kTileDim];
+};
+
+/// Products that are to be added up.
+struct Finished {
+  const Products* products = nullptr;  // null = none
+  const float* weights = nullptr;      // of the first head
+  int tiles = 0;
+};
+
+/// sums += weight * max(product, 0) of a quarter of a block: 8 heads.
+ATTEND_INLINE void add_quarter(const Finished& f, int quarter, Sums& sums) {
+  const int t = quarter / 2, begin = quarter % 2 * (kTileDim / 2);
+  if (t >= f.tiles) return;
+  __m512 low = _mm512_load_ps(sums.of[2 * t]), high = _mm512_load_ps(sums.of[2 * t + 1]);
+  const float* weights = f.weights + t * kTileDim + begin;
+  const float* first = f.products->tile[2 * t] + begin * kTileDim;
+  const float* second = f.products->tile[2 * t + 1] + begin * kTileDim;
+#pragma GCC unroll 8
+  for (int r = 0; r < kTileDim / 2; ++r) {
+    const __m512 w = _mm512_set1_ps(weights[r]);
+    // The maximum takes its second operand if that is NaN.
+    const __m512 x = _mm512_max_ps(_mm512_setzero_ps(), _mm512_load_ps(first + r * kTileDim));
+    const __m512 y = _mm512_max_ps(_mm512_setzero_ps(), _mm512_load_ps(second + r * kTileDim));
+    low = _mm512_fmadd_ps(w, x, low);
+    high = _mm512_fmadd_ps(w, y, high);
+  }
+  _mm512_store_ps(sums.of[2 * t], low);
+  _mm512_store_ps(sums.of[2 * t + 1], high);
+}
+
+/// Multiplies a block and, between its steps, adds up the one before: the tiles and the vector
+/// units work at the same time only if their instructions are close together.
 template <bool kTwoTiles>
-ATTEND_INLINE void multiply(const bf16* q, const char* panel, Products& products) {
+ATTEND_INLINE void multiply(const bf16* q, const char* panel, Products& products, const char* fetch,
+                            const Finished& before, Sums& sums) {
+  constexpr int kFetchLines = 16;
   constexpr std::int64_t kRow = kIndexerDim * sizeof(bf16);
   clear_tile<0>();
   clear_tile<1>();
@@ -72,6 +109,9 @@ ATTEND_INLINE void multiply(const bf16* q, const char* panel, Products& products
       multiply_bf16<2, 5, 6>();
       multiply_bf16<3, 5, 7>();
     }
+    for (int i = 0; i < kFetchLines; ++i)
+      __builtin_prefetch(fetch + 64 * (s * kFetchLines + i), 0, 3);
+    if (before.products != nullptr) add_quarter(before, s, sums);
   }
   store_tile<0>(products.tile[0], kTileRowBytes);
   store_tile<1>(products.tile[1], kTileRowBytes);
@@ -81,83 +121,56 @@ ATTEND_INLINE void multiply(const bf16* q, const char* panel, Products& products
   }
 }
 
-/// Sums over heads: [head tile][key tile].
-struct alignas(64) Sums {
-  float of[4][kTileDim];
-};
-
-/// sums += weight * max(product, 0) of a block of heads.
-ATTEND_INLINE void add_heads(const Products& products, const float* weights, int tiles,
-                             Sums& sums) {
-  for (int t = 0; t < tiles; ++t) {
-    __m512 low = _mm512_load_ps(sums.of[2 * t]), high = _mm512_load_ps(sums.of[2 * t + 1]);
-    const float* first = products.tile[2 * t];
-    const float* second = products.tile[2 * t + 1];
-#pragma GCC unroll 16
-    for (int r = 0; r < kTileDim; ++r) {
-      const __m512 w = _mm512_set1_ps(weights[t * kTileDim + r]);
-      // The maximum takes its second operand if that is NaN.
-      const __m512 x = _mm512_max_ps(_mm512_setzero_ps(), _mm512_load_ps(first + r * kTileDim));
-      const __m512 y = _mm512_max_ps(_mm512_setzero_ps(), _mm512_load_ps(second + r * kTileDim));
-      low = _mm512_fmadd_ps(w, x, low);
-      high = _mm512_fmadd_ps(w, y, high);
-    }
-    _mm512_store_ps(sums.of[2 * t], low);
-    _mm512_store_ps(sums.of[2 * t + 1], high);
-  }
-}
-
-/// A block of heads and a panel of keys.
-struct BlockStep {
-  int panel = 0, block = 0;
-};
-
-/// Multiplies a block and adds up the one before, whose products are ready by then.
+/// All panels of a row, block by block of heads.
 class RowPass {
  public:
   ATTEND_INLINE RowPass(const IndexerRow& row, const float* weights)
       : row_(row), weights_(weights), blocks_((row.heads + kBlockHeads - 1) / kBlockHeads) {}
 
   ATTEND_INLINE void run() {
-    BlockStep before;
+    if (row_.begin >= row_.end) return;
     int parity = 0;
-    bool first = true;
     for (int j = row_.begin / kIndexerPanel; j * kIndexerPanel < row_.end; ++j) {
       for (int b = 0; b < blocks_; ++b, parity ^= 1) {
-        multiply_block({j, b}, products_[parity]);
-        if (!first) add_block(before, products_[parity ^ 1]);
-        before = {j, b};
-        first = false;
+        multiply_block(j, b, products_[parity]);
+        close_block();
+        panel_ = j;
+        block_ = b;
+        before_ = {&products_[parity], weights_ + b * kBlockHeads, tiles_of(b)};
       }
     }
-    if (!first) add_block(before, products_[parity ^ 1]);
+    for (int quarter = 0; quarter < kSteps; ++quarter) add_quarter(before_, quarter, sums_);
+    close_block();
   }
 
  private:
   ATTEND_INLINE int tiles_of(int block) const {
     return row_.heads - block * kBlockHeads > kTileDim ? 2 : 1;
   }
-  ATTEND_INLINE void multiply_block(BlockStep at, Products& products) {
-    const bf16* q = static_cast<const bf16*>(row_.scratch) + at.block * kBlockHeads * kIndexerDim;
-    const char* panel = static_cast<const char*>(row_.packed) + at.panel * kPanelBytes;
-    tiles_of(at.block) == 2 ? multiply<true>(q, panel, products)
-                            : multiply<false>(q, panel, products);
+  ATTEND_INLINE void multiply_block(int panel, int block, Products& products) {
+    const bf16* q = static_cast<const bf16*>(row_.scratch) + block * kBlockHeads * kIndexerDim;
+    const char* packed = static_cast<const char*>(row_.packed) + panel * kPanelBytes;
+    const char* fetch = packed + kPanelBytes + block % 2 * (kPanelBytes / 2);
+    tiles_of(block) == 2 ? multiply<true>(q, packed, products, fetch, before_, sums_)
+                         : multiply<false>(q, packed, products, fetch, before_, sums_);
   }
-  ATTEND_INLINE void add_block(BlockStep at, const Products& products) {
-    if (at.block == 0) sums_ = Sums{};
-    add_heads(products, weights_ + at.block * kBlockHeads, tiles_of(at.block), sums_);
-    if (at.block + 1 < blocks_) return;
+  /// The block before is added up: stores the logits if it was a panel's last one.
+  ATTEND_INLINE void close_block() {
+    if (block_ + 1 != blocks_) return;
     for (int t = 0; t < 2; ++t)
       _mm512_store_ps(sums_.of[t],
                       _mm512_add_ps(_mm512_load_ps(sums_.of[t]), _mm512_load_ps(sums_.of[2 + t])));
-    store_logits(row_, at.panel * kIndexerPanel, kIndexerPanel, sums_.of[0]);
+    store_logits(row_, panel_ * kIndexerPanel, kIndexerPanel, sums_.of[0]);
+    sums_ = Sums{};
   }
 
   const IndexerRow& row_;
   const float* weights_;
   int blocks_;
+  int panel_ = 0, block_ = -2;  // the block before; none yet
+  Finished before_;
   Products products_[2];
-  Sums sums_;
+  Sums sums_{};
 };
 
 void row_logits(const IndexerRow& row) noexcept {
