@@ -173,7 +173,7 @@ std::string error_of(Call&& call) {
 TEST(Fp8PagedMqaLogits, RefusesBadInputBeforeItWrites) {
   Rng rng(4);
   const IndexerBatch batch(rng, 2, 3, 20);
-  Pages pages(rng, batch, 8);
+  Pages pages(rng, batch, 4);
   HostTensor logits(DType::f32, {2, 24});
   logits.fill_bytes(0x5A);
   const auto before = logits.snapshot();
@@ -195,7 +195,7 @@ TEST(Fp8PagedMqaLogits, RefusesBadInputBeforeItWrites) {
   EXPECT_THAT(error([](auto& a) { a.logits.dtype = DType::bf16; }), HasSubstr("'logits'"));
   EXPECT_THAT(error([&](auto& a) { a.logits.data = pages.cache.view().data; }),
               HasSubstr("'logits'"));
-  EXPECT_THAT(error([](auto& a) { a.block_table.shape[1] = 2; }), HasSubstr("3 blocks or more"));
+  EXPECT_THAT(error([](auto& a) { a.block_table.shape[1] = 2; }), HasSubstr("5 blocks or more"));
   EXPECT_THAT(error([](auto& a) { a.block_table.dtype = DType::i64; }), HasSubstr("'block_table'"));
   const ConstTensorView given(schedule.data(), DType::i32, {3, 2});
   get_paged_mqa_logits_metadata(
@@ -211,7 +211,7 @@ TEST(Fp8PagedMqaLogits, RefusesBadInputBeforeItWrites) {
     EXPECT_THAT(error([](auto&) {}), HasSubstr("'context_lens'")) << length;
   }
   lens[0] = 20;
-  for (const std::int32_t block : {-1, 5, kLowest, kHighest}) {
+  for (const std::int32_t block : {-1, 7, kLowest, kHighest}) {
     pages.table[2] = block;
     EXPECT_THAT(error([](auto&) {}), HasSubstr("'block_table'")) << block;
   }
