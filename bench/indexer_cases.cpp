@@ -243,8 +243,8 @@ std::vector<Case> indexer_cases() {
   constexpr int kKeys = 32768;
   return {
       logits_case<PagedLogits>("indexer_logits_64x128_32k",
-                               "2 query tokens of 4 requests, 64 heads of 128, 32768 keys each",
-                               {4, 2, kKeys}),
+                               "4 query tokens of 2 requests, 64 heads of 128, 32768 keys each",
+                               {2, 4, kKeys}),
       logits_case<PagedLogits>("indexer_logits_64x128_32k_next1",
                                "1 query token of 8 requests, 64 heads of 128, 32768 keys each",
                                {8, 1, kKeys}),

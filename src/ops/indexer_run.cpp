@@ -15,7 +15,7 @@ namespace {
 
 using cpu::IndexerKernel;
 
-constexpr std::int64_t kPanel = cpu::kIndexerPanel, kMostKeys = cpu::kIndexerMostKeys;
+constexpr std::int64_t kPanel = cpu::kIndexerPanel;
 /// Enough for workers to end at about the same time.
 constexpr std::int64_t kUnitsPerWorker = 8;
 /// Packing pays from so many keys on.
@@ -35,13 +35,15 @@ constexpr std::int64_t round_up(std::int64_t n, std::int64_t step) noexcept {
 class Scratch {
  public:
   static std::int64_t bytes(const IndexerKernel& kernel, std::int64_t heads) noexcept {
-    return kMostKeys * (kernel.key_bytes + kPerKey) + round_up(kernel.scratch_bytes(heads), 64);
+    return kernel.most_keys() * (kernel.key_bytes + kPerKey) +
+           round_up(kernel.scratch_bytes(heads), 64);
   }
   Scratch(const IndexerKernel& kernel, std::byte* memory) noexcept
       : packed(memory),
-        rows(reinterpret_cast<const std::uint8_t**>(memory + kMostKeys * kernel.key_bytes)),
-        scales(reinterpret_cast<float*>(rows + kMostKeys)),
-        row(scales + kMostKeys) {}
+        rows(
+            reinterpret_cast<const std::uint8_t**>(memory + kernel.most_keys() * kernel.key_bytes)),
+        scales(reinterpret_cast<float*>(rows + kernel.most_keys())),
+        row(scales + kernel.most_keys()) {}
 
   void* packed;
   const std::uint8_t** rows;
@@ -56,7 +58,11 @@ class Scratch {
 class Units {
  public:
   Units(const IndexerLogitsWork& work, const IndexerKernel& kernel, int workers)
-      : w_(work), kernel_(kernel), rows_(w_.logits.shape[0]), width_(w_.logits.shape[1]) {
+      : w_(work),
+        kernel_(kernel),
+        rows_(w_.logits.shape[0]),
+        width_(w_.logits.shape[1]),
+        piece_(kernel.most_keys()) {
     groups_ = (rows_ + w_.group_rows - 1) / w_.group_rows;
     while (piece_ > kFewestKeys && count() < kUnitsPerWorker * workers) piece_ /= 2;
   }
@@ -117,7 +123,7 @@ class Units {
 
   const IndexerLogitsWork& w_;
   const IndexerKernel& kernel_;
-  std::int64_t rows_, width_, groups_ = 0, piece_ = kMostKeys;
+  std::int64_t rows_, width_, groups_ = 0, piece_;
 };
 
 }  // namespace

@@ -11,8 +11,8 @@ namespace attend::cpu {
 inline constexpr int kIndexerDim = 128;
 /// Packed keys are filled up to a multiple of it.
 inline constexpr int kIndexerPanel = 32;
-/// Most keys of a pack, a multiple of kIndexerPanel.
-inline constexpr int kIndexerMostKeys = 1024;
+/// Packed keys that leave room for others in the second cache of a core.
+inline constexpr int kIndexerPackedBytes = 512 << 10;
 
 /// Keys to pack.
 struct IndexerPack {
@@ -40,6 +40,8 @@ struct IndexerKernel {
   std::int64_t key_bytes = 0;   ///< of a packed key
   std::int64_t head_bytes = 0;  ///< of a head in the scratch memory of a row
   void (*pack)(const IndexerPack&) noexcept = nullptr;
+  /// Most keys of a pack, a multiple of kIndexerPanel.
+  std::int64_t most_keys() const noexcept { return kIndexerPackedBytes / key_bytes; }
   /// logits[j] = scales[j] * sum over heads of weights[h] * max(q[h] . key j, 0), each in float32.
   /// A NaN anywhere gives the positive quiet NaN without payload.
   void (*logits)(const IndexerRow&) noexcept = nullptr;
