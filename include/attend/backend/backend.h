@@ -8,6 +8,7 @@
 #include <string_view>
 #include <vector>
 
+#include "attend/backend/sparse.h"
 #include "attend/batch/common_metadata.h"
 #include "attend/cache/kv_cache_spec.h"
 #include "attend/core/executor.h"
@@ -22,6 +23,7 @@
 /// (once per batch), impl (once per layer).
 namespace attend {
 
+class Communicator;
 class MlaWeights;
 
 enum class AttentionType : std::uint8_t { decoder, encoder, encoder_only, encoder_decoder };
@@ -125,6 +127,7 @@ struct BuilderConfig {
   /// MLA back ends only, and needed there. cache.num_kv_heads is then 1, cache.head_size the
   /// cache_dim() of `dims`.
   std::optional<MlaBuilderConfig> mla;
+  std::optional<SparseBuilderConfig> sparse;  ///< sparse back ends only, and needed there
 };
 
 /// Result of a builder; each back end derives its own. Immutable once built, shared by all layers.
@@ -136,6 +139,8 @@ class Metadata {
   /// What requests of the batch attend to once for all of them, and why; null = the back end does
   /// not look for it.
   virtual const CascadeDecision* cascade_decision() const noexcept { return nullptr; }
+  /// Sparse back ends only; null = another one.
+  virtual const SparseBatch* sparse_batch() const noexcept { return nullptr; }
 };
 
 /// Turns a batch into a back end's metadata, once per batch, on the host.
@@ -217,6 +222,10 @@ struct ForwardArgs {
   /// already in the cache. query is then [T, Hq, P + R], rotated, output [T, Hq, V].
   ConstTensorView kv_c;
   ConstTensorView k_pe;  ///< [T, R], rotated; given iff kv_c is
+  /// Sparse MLA only, and needed there: i32 [T, topk], last dimension stride 1: positions of the
+  /// tokens of its request that a token attends to, in any order; one named twice counts twice.
+  /// What is negative or behind the token names nothing.
+  ConstTensorView topk_indices;
   /// Logical shape of Backend::kv_cache_shape(); undefined for encoders without cache.
   TensorView kv_cache;
   /// Shape of Backend::kv_scale_shape(), f32, any strides; undefined if that is empty.
@@ -227,6 +236,9 @@ struct ForwardArgs {
   TensorView lse;  ///< f32 [T, Hq], natural log; undefined = not wanted
   Workspace workspace;
   Executor* executor = nullptr;  ///< null = default_executor()
+  /// Back ends under decode context parallelism only, and needed there: this rank's end of the
+  /// group. forward() is then a collective call, for this rank's heads.
+  Communicator* communicator = nullptr;
 };
 
 /// Runs one layer.

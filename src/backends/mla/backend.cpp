@@ -75,40 +75,6 @@ const Backend& backend() noexcept {
   return instance;
 }
 
-void check_dims(std::string_view op, const MlaDims& d, int num_heads, int num_kv_heads,
-                int head_size) {
-  constexpr int kMostPrefillDim = 256;
-  const auto dim = [&](std::string_view name, int value, int most) {
-    check::require(
-        value >= 8 && value % 8 == 0 && value <= most, {op, name},
-        [&] { return fmt::format("a multiple of 8 in [8, {}]", most); }, value);
-  };
-  dim("kv_lora_rank", d.kv_lora_rank, kMaxHeadDimV);
-  dim("qk_nope_head_dim", d.qk_nope_head_dim, kMostPrefillDim);
-  dim("qk_rope_head_dim", d.qk_rope_head_dim, kMostPrefillDim);
-  dim("qk_nope_head_dim + qk_rope_head_dim", d.qk_head_dim(), kMostPrefillDim);
-  dim("v_head_dim", d.v_head_dim, kMostPrefillDim);
-  dim("kv_lora_rank + qk_rope_head_dim", d.cache_dim(), kMaxHeadDimQk);
-  check::require(num_heads >= 1, {op, "num_q_heads"}, "a number >= 1", num_heads);
-  check::require(num_kv_heads == 1, {op, "num_kv_heads"}, "1: a row is the key of all heads",
-                 num_kv_heads);
-  check::require(
-      head_size == d.cache_dim(), {op, "head_size"},
-      [&] { return fmt::format("{}, kv_lora_rank and qk_rope_head_dim together", d.cache_dim()); },
-      head_size);
-}
-
-void check_format(std::string_view op, const MlaDims& d, KvFormat format) {
-  if (format != KvFormat::fp8_ds_mla) return;
-  const auto held = [&](std::string_view name, int value, int size) {
-    check::require(
-        value == size, {op, name}, [&] { return fmt::format("{}, as fp8_ds_mla rows have", size); },
-        value);
-  };
-  held("kv_lora_rank", d.kv_lora_rank, fp8_ds_mla::kLatent);
-  held("qk_rope_head_dim", d.qk_rope_head_dim, fp8_ds_mla::kRope);
-}
-
 void check_block_size(std::string_view op, int block_size) {
   check::require(
       block_size >= 1 && block_size % kBlockSizeMultiple == 0, {op, "block_size"},

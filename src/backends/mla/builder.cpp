@@ -10,6 +10,7 @@
 #include "attend/plan/kernel_choice.h"
 #include "attend/plan/mla_workspace.h"
 #include "backends/common/batch_checks.h"
+#include "backends/common/mla_checks.h"
 #include "backends/mla/metadata.h"
 #include "backends/mla/mla.h"
 #include "backends/mla/workspace.h"
@@ -49,8 +50,8 @@ void check_config(const BuilderConfig& c) {
   const MlaBuilderConfig& m = *c.mla;
   check::require(is_float_compute(m.dtype), at("mla.dtype"), "f32, f16 or bf16",
                  to_string(m.dtype));
-  check_dims(kMakeOp, m.dims, c.num_q_heads, c.cache.num_kv_heads, c.cache.head_size);
-  check_format(kMakeOp, m.dims, c.cache.format);
+  check_mla_dims(kMakeOp, m.dims, c.num_q_heads, c.cache.num_kv_heads, c.cache.head_size);
+  check_mla_format(kMakeOp, m.dims, c.cache.format);
   check_cache(c);
   check::require(c.attn_type == AttentionType::decoder, at("attn_type"), "decoder",
                  to_string(c.attn_type));

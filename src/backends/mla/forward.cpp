@@ -2,25 +2,26 @@
 // The steps of a layer's call. Everything that attends reads its keys from the cache, those of this
 // step's tokens too: so a row does not depend on how many of its keys came with it.
 #include <cstdint>
-#include <cstring>
 
 #include "attend/ops/mla.h"
 #include "attend/ops/mla_cache.h"
-#include "backends/common/for_rows.h"
+#include "backends/common/copy_rope.h"
+#include "backends/common/layout_cursor.h"
 #include "backends/common/quantise_output.h"
 #include "backends/mla/layer.h"
 
 namespace attend::mla {
 namespace {
 
-constexpr std::uintptr_t kAlignment = 64;
-
 class Call {
  public:
   Call(const Layer& layer, const ForwardArgs& args, const MlaMetadata& m, Executor& executor)
-      : layer_(layer), args_(args), m_(m), d_(layer.dims()), executor_(executor) {
-    const auto address = reinterpret_cast<std::uintptr_t>(args.workspace.data);
-    base_ = reinterpret_cast<std::byte*>((address + kAlignment - 1) / kAlignment * kAlignment);
+      : layer_(layer),
+        args_(args),
+        m_(m),
+        d_(layer.dims()),
+        executor_(executor),
+        base_(aligned_start(args.workspace.data)) {
     output_ = args.output.slice(0, 0, m.num_tokens);
     if (args.output_scale && !is_fused())
       output_ =
@@ -76,7 +77,7 @@ class Call {
     layer_.weights().absorb_query(query.slice(2, 0, d_.qk_nope_head_dim),
                                   queries.slice(2, 0, d_.kv_lora_rank), &executor_);
     copy_rope(query.slice(2, d_.qk_nope_head_dim, d_.qk_rope_head_dim),
-              queries.slice(2, d_.kv_lora_rank, d_.qk_rope_head_dim));
+              queries.slice(2, d_.kv_lora_rank, d_.qk_rope_head_dim), executor_);
     MlaDecodeArgs a;
     a.q = queries;
     a.kv_cache = args_.kv_cache;
@@ -88,21 +89,6 @@ class Call {
     a.params.causal = true;
     mla_decode(a, m_.decode, rest(m_.layout.decode), executor_);
     layer_.weights().v_up_project(latents, output_.slice(0, 0, tokens), &executor_);
-  }
-
-  /// Copies rows [n, heads or 1, R] to rows [n, heads, R].
-  void copy_rope(const ConstTensorView& from, const TensorView& to) const {
-    const auto bytes = static_cast<std::size_t>(to.shape[2]) * size_of(to.dtype);
-    const std::int64_t heads = to.shape[1];
-    for_rows(to.shape[0], heads * static_cast<std::int64_t>(bytes), executor_,
-             [&](std::int64_t begin, std::int64_t end) {
-               for (std::int64_t t = begin; t < end; ++t) {
-                 for (std::int64_t h = 0; h < heads; ++h) {
-                   std::memcpy(to.select(0, t).select(0, h).data,
-                               from.select(0, t).select(0, from.shape[1] == 1 ? 0 : h).data, bytes);
-                 }
-               }
-             });
   }
 
   /// Makes keys and values of all heads of the step's latents and attends to them.
@@ -119,7 +105,7 @@ class Call {
     const ConstTensorView rope(rows.slice(1, d_.kv_lora_rank, d_.qk_rope_head_dim).data, dtype,
                                {step.num_keys(), 1, d_.qk_rope_head_dim});
     copy_rope(with_row_stride(rope, rows.strides[0]),
-              keys.slice(2, d_.qk_nope_head_dim, d_.qk_rope_head_dim));
+              keys.slice(2, d_.qk_nope_head_dim, d_.qk_rope_head_dim), executor_);
     if (step.last) {
       finish(step, keys, values);
     } else {
@@ -197,7 +183,7 @@ class Call {
   const MlaMetadata& m_;
   const MlaDims& d_;
   Executor& executor_;
-  std::byte* base_ = nullptr;
+  std::byte* base_;
   TensorView output_;  ///< [T, H, V] in the dtype of the layer
 };
 

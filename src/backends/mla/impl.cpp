@@ -5,6 +5,7 @@
 #include <cmath>
 #include <utility>
 
+#include "backends/common/mla_checks.h"
 #include "backends/common/profiling_output.h"
 #include "backends/mla/layer.h"
 #include "backends/mla/mla.h"
@@ -17,20 +18,6 @@ constexpr std::string_view kMakeOp = "FLASH_ATTN_MLA.make_impl";
 constexpr std::string_view kForwardOp = "FLASH_ATTN_MLA.forward";
 
 check::Where at(std::string_view argument) { return {kMakeOp, argument}; }
-
-/// Features of other attention that no MLA model has.
-void check_unused(const ImplConfig& c) {
-  check::require(c.softcap == 0.0F, at("softcap"), "0", c.softcap);
-  check::require(!c.sliding_window, at("sliding_window"), "unset", "a window");
-  check::require(c.alibi_slopes.empty(), at("alibi_slopes"), "none", c.alibi_slopes.size());
-  check::require(c.sinks.empty(), at("sinks"), "none", c.sinks.size());
-  check::require(c.v_scale.empty(), at("v_scale"), "none: values are parts of the keys",
-                 c.v_scale.size());
-  check::require(c.value_scales.empty(), at("value_scales"), "none", c.value_scales.size());
-  check::require(!c.shares_kv_cache, at("shares_kv_cache"), "false", "true");
-  check::require(c.attn_type == AttentionType::decoder, at("attn_type"), "decoder",
-                 to_string(c.attn_type));
-}
 
 StoredKv check_cache_type(const ImplConfig& c) {
   const std::optional<StoredKv> stored = resolve_kv_cache_dtype(c.kv_cache_dtype, c.dtype);
@@ -53,16 +40,16 @@ Layer make_layer(const ImplConfig& c) {
                  "the weights of the layer", "none");
   check::require(is_float_compute(c.dtype), at("dtype"), "f32, f16 or bf16", to_string(c.dtype));
   const MlaWeights& weights = *c.mla->weights;
-  check_dims(kMakeOp, weights.dims(), c.num_q_heads, c.num_kv_heads, c.head_size);
+  check_mla_dims(kMakeOp, weights.dims(), c.num_q_heads, c.num_kv_heads, c.head_size);
   check::require(
       weights.num_heads() == c.num_q_heads && weights.dtype() == c.dtype, at("mla.weights"),
       [&] { return fmt::format("{} heads of {}", c.num_q_heads, to_string(c.dtype)); },
       [&] { return fmt::format("{} of {}", weights.num_heads(), to_string(weights.dtype())); });
-  check_unused(c);
+  check_mla_unused(kMakeOp, c);
   Layer layer;
   layer.config = c;
   layer.stored = check_cache_type(c);
-  check_format(kMakeOp, weights.dims(), layer.stored.format);
+  check_mla_format(kMakeOp, weights.dims(), layer.stored.format);
   layer.scale =
       c.scale.value_or(1.0F / std::sqrt(static_cast<float>(weights.dims().qk_head_dim())));
   check::require(std::isfinite(layer.scale) && layer.scale > 0.0F, at("scale"),

@@ -18,11 +18,7 @@ std::unique_ptr<MetadataBuilder> make_builder(const BuilderConfig& config);
 /// @throws as make_builder().
 std::unique_ptr<Impl> make_impl(const ImplConfig& config);
 
-/// Checks that both makers share. `op` is the name in the error.
-void check_dims(std::string_view op, const MlaDims& dims, int num_heads, int num_kv_heads,
-                int head_size);
-/// Checks that rows of the format hold such latents.
-void check_format(std::string_view op, const MlaDims& dims, KvFormat format);
+/// `op` is the name in the error.
 void check_block_size(std::string_view op, int block_size);
 
 }  // namespace attend::mla

@@ -4,28 +4,9 @@
 #include <algorithm>
 
 #include "attend/core/dtype.h"
+#include "backends/common/layout_cursor.h"
 
 namespace attend::mla {
-namespace {
-
-constexpr std::size_t kAlignment = 64;
-
-class Cursor {
- public:
-  explicit Cursor(std::size_t begin) : at_(begin) {}
-  std::size_t take(std::size_t bytes) {
-    const std::size_t here = at_;
-    at_ += (bytes + kAlignment - 1) / kAlignment * kAlignment;
-    return here;
-  }
-  std::size_t at() const { return at_; }
-
- private:
-  std::size_t at_;
-};
-
-}  // namespace
-
 WorkspaceLayout lay_out(const MlaMetadata& m, const MlaPrefill& prefill) {
   const auto heads = static_cast<std::size_t>(m.num_heads);
   const auto bytes = [&](std::int64_t rows, std::size_t elements) {
@@ -34,16 +15,16 @@ WorkspaceLayout lay_out(const MlaMetadata& m, const MlaPrefill& prefill) {
   const auto dim = [](int d) { return static_cast<std::size_t>(d); };
   const MlaDims& d = m.dims;
   WorkspaceLayout l;
-  Cursor whole(0);
+  LayoutCursor whole(0);
   if (m.quant_output) l.output = whole.take(bytes(m.num_tokens, heads * dim(d.v_head_dim)));
   l.parts = whole.at();
 
-  Cursor decode(l.parts);
+  LayoutCursor decode(l.parts);
   l.queries = decode.take(bytes(m.split.num_decode_tokens, heads * dim(d.cache_dim())));
   l.latents = decode.take(bytes(m.split.num_decode_tokens, heads * dim(d.kv_lora_rank)));
   l.decode = decode.take(m.decode.workspace_bytes);
 
-  Cursor steps(l.parts);
+  LayoutCursor steps(l.parts);
   l.rows = steps.take(bytes(m.max_keys, dim(d.cache_dim())));
   l.keys = steps.take(bytes(m.max_keys, heads * dim(d.qk_head_dim())));
   l.values = steps.take(bytes(m.max_keys, heads * dim(d.v_head_dim)));
@@ -57,7 +38,7 @@ WorkspaceLayout lay_out(const MlaMetadata& m, const MlaPrefill& prefill) {
                      prefill.workspace_bytes(tokens, step.num_keys(), step.last && m.quant_output));
   }
   l.prefill = steps.take(largest);
-  l.total = std::max(decode.at(), steps.at()) + kAlignment;
+  l.total = std::max(decode.at(), steps.at()) + LayoutCursor::kAlignment;
   return l;
 }
 
