@@ -5,6 +5,7 @@
 #include "attend/backend/mla_prefill.h"
 #include "attend/backend/selector.h"
 #include "attend/backend/sparse.h"
+#include "attend/backend/sparse_indexer.h"
 #include "attend/batch/common_metadata.h"
 #include "attend/batch/fast_prefill.h"
 #include "attend/batch/local_attention.h"

@@ -31,7 +31,15 @@ std::uint64_t encoder_content_id(const Request& request) noexcept;
 std::uint64_t block_hash(std::uint64_t parent, const Request& request, std::int64_t begin,
                          std::int64_t end) noexcept;
 
-enum class ValueKind : std::uint8_t { query, key, value, weight };
+enum class ValueKind : std::uint8_t {
+  query,
+  key,
+  value,
+  weight,
+  index_query,
+  index_key,
+  index_weight
+};
 
 /// Names one row of head_dim values.
 struct RowKey {

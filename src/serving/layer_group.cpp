@@ -32,6 +32,11 @@ BuilderConfig builder_config(const LayerGroupConfig& c, const LayerKind& kind) {
     mla.dtype = c.dtype;
     mla.max_model_len = c.max_model_len;
     mla.max_num_seqs = c.max_num_seqs;
+    if (c.model.indexer) {
+      SparseBuilderConfig& sparse = b.sparse.emplace();
+      sparse.topk = c.model.indexer->topk;
+      sparse.max_num_batched_tokens = c.max_num_batched_tokens;
+    }
   }
   return b;
 }

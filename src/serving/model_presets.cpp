@@ -114,6 +114,16 @@ constexpr std::array kPresets = {
                 .num_layers = 61,
                 .scale = 0.1352337789F,  // (1 + 0.1 ln 40)^2 / sqrt(192)
                 .mla = kDeepSeekDims},
+    ModelPreset{.name = "deepseek-v3.2",
+                .description = "DeepSeek-V3.2: latent attention of 128 query heads to 2048 tokens "
+                               "that an indexer of 64 heads chooses",
+                .num_q_heads = 128,
+                .num_kv_heads = 1,
+                .head_dim = kDeepSeekDims.cache_dim(),
+                .num_layers = 61,
+                .scale = 0.1352337789F,  // as DeepSeek-V3
+                .mla = kDeepSeekDims,
+                .indexer = IndexerPreset{.num_heads = 64, .topk = 2048}},
 };
 
 }  // namespace
@@ -140,6 +150,16 @@ ModelPreset with_query_heads(ModelPreset model, int num_q_heads) {
                           std::to_string(num_q_heads));
   }
   model.num_q_heads = num_q_heads;
+  return model;
+}
+
+ModelPreset with_index_topk(ModelPreset model, int topk) {
+  const auto fail = [&](std::string expected) {
+    throw InvalidArgument("replay", "index-topk", expected, std::to_string(topk));
+  };
+  if (!model.indexer) fail(fmt::format("unset: {} has no indexer", model.name));
+  if (topk < 1 || topk > (1 << 20)) fail("from 1 to 1048576");
+  model.indexer->topk = topk;
   return model;
 }
 

@@ -10,6 +10,12 @@
 
 namespace attend::serving {
 
+/// What chooses the tokens that a query attends to.
+struct IndexerPreset {
+  int num_heads = 0;  ///< of 128 elements
+  int topk = 0;       ///< tokens chosen
+};
+
 /// What attention needs to know about a model. Plain data: a new model is a new row.
 struct ModelPreset {
   std::string_view name;
@@ -35,6 +41,8 @@ struct ModelPreset {
   int encoder_tokens = 0;
   /// Set: multi-head latent attention of these sizes. num_kv_heads is then 1.
   std::optional<MlaDims> mla = std::nullopt;
+  /// Set: sparse latent attention; `mla` is set, too.
+  std::optional<IndexerPreset> indexer = std::nullopt;
 
   /// Elements of a head's query and output.
   int query_dim() const noexcept { return mla ? mla->qk_head_dim() : head_dim; }
@@ -59,6 +67,10 @@ const ModelPreset& find_model(std::string_view name);
 /// least 1, at most kMaxQueryHeads, and a multiple of its kv heads. @throws InvalidArgument.
 ModelPreset with_query_heads(ModelPreset model, int num_q_heads);
 inline constexpr int kMaxQueryHeads = 1024;
+
+/// The model with another number of chosen tokens, at least 1, so that short requests have a choice
+/// too. @throws InvalidArgument, also for a model without an indexer.
+ModelPreset with_index_topk(ModelPreset model, int topk);
 
 /// Slopes of the ALiBi paper for any number of heads: a geometric sequence for the largest power of
 /// two below, then every other element of the next finer sequence.

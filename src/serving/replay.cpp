@@ -11,6 +11,7 @@
 #include "attend/backend/selector.h"
 #include "serving/kv_storage.h"
 #include "serving/layer_group.h"
+#include "serving/sparse_layer.h"
 #include "serving/step.h"
 
 namespace attend::serving {
@@ -67,6 +68,7 @@ class Engine {
   ReplayResult result_;
   std::optional<BlockPool> pool_, encoder_pool_;
   KvMemory memory_, encoder_memory_;
+  std::optional<SparseLayers> indexers_;  // of models with sparse attention
   std::vector<LayerGroup> groups_;
   std::optional<Scheduler> scheduler_;
   Buffer workspace_;
@@ -86,6 +88,7 @@ AttentionConfig attention_config(const ReplayConfig& config, DType dtype, Attent
   a.block_size = config.block_size;
   a.attn_type = type;
   a.use_mla = config.model->mla.has_value();
+  a.use_sparse = config.model->indexer.has_value();
   a.has_sink = config.model->sinks;
   a.use_alibi_sqrt = config.model->alibi_sqrt;
   return a;
@@ -167,7 +170,8 @@ Engine::Engine(const Trace& trace, const ReplayConfig& config)
                                .generator = &generator_,
                                .executor = &executor_,
                                .max_model_len = max_model_len,
-                               .max_num_seqs = config.max_num_seqs});
+                               .max_num_seqs = config.max_num_seqs,
+                               .max_num_batched_tokens = config.max_num_batched_tokens});
   decode_threshold_ = groups_.back().builder->reorder_batch_threshold().value_or(1);
   SchedulerConfig s;
   s.max_num_batched_tokens = config.max_num_batched_tokens;
@@ -182,6 +186,10 @@ Engine::Engine(const Trace& trace, const ReplayConfig& config)
   for (const Request& r : trace.requests) scheduler_->require_fits(r);
   if (pool_) {
     memory_ = KvMemory(backend_, cache_spec(), config.num_layers, result_.kv_layout, executor_);
+  }
+  if (model_.indexer) {
+    const IndexerMemory m{result_.num_blocks, result_.block_size, config.num_layers, max_model_len};
+    indexers_.emplace(model_, dtype_, m, executor_);
   }
   if (encoder_pool_) {
     encoder_memory_ =
@@ -224,9 +232,11 @@ void Engine::choose_blocks() {
   one.num_blocks = 1;
   result_.kv_cache_dtype = storage_.name();
   result_.block_bytes = kv_layer_bytes(backend_, one);
+  const std::int64_t index_bytes = model_.indexer ? index_block_bytes(result_.block_size) : 0;
   result_.num_blocks = choose_number(
       "num-blocks", config_.num_blocks,
-      default_num_blocks(trace_, result_.block_size, result_.block_bytes, config_.num_layers));
+      default_num_blocks(trace_, result_.block_size, result_.block_bytes + index_bytes,
+                         config_.num_layers));
   pool_.emplace(result_.num_blocks);
   if (!model_.has_cross_attention()) return;
   const std::int64_t each = ceil_div(model_.encoder_tokens, result_.block_size);
@@ -279,6 +289,7 @@ ReplayResult Engine::run() {
   if (encoder_pool_) result_.peak_used_encoder_blocks = encoder_pool_->peak_used();
   memory_.add_to(result_.memory);
   encoder_memory_.add_to(result_.memory);
+  if (indexers_) indexers_->add_to(result_.memory);
   result_.check = check_rows(sampled_, model_, generator_, storage_, executor_);
   return std::move(result_);
 }
@@ -377,7 +388,9 @@ double Engine::run_layer(const LayerGroup& group, std::size_t index, const StepI
   args.lse = tensors_.lse();
   args.workspace = workspace_.workspace();
   args.executor = &executor_;
+  if (indexers_) indexers_->fill(queries, layer, generator_, executor_);
   const auto begin = Clock::now();
+  if (indexers_) args.topk_indices = indexers_->choose(layer, *group.metadata, executor_);
   group.impls[index]->forward(args, group.metadata.get());
   const double seconds = seconds_since(begin);
   sample_rows(group, layer, queries);
@@ -403,6 +416,7 @@ void Engine::sample_rows(const LayerGroup& group, int layer, const std::vector<S
                       .layer = layer,
                       .head = head,
                       .type = group.kind.type,
+                      .chosen = indexers_ ? indexers_->chosen_row(token) : std::vector<std::int32_t>(),
                       .out = tensors_.output_row(token, head),
                       .lse = tensors_.lse_value(token, head)};
                 });

@@ -10,6 +10,7 @@
 
 #include "attend/oracle/attention.h"
 #include "attend/oracle/quantize.h"
+#include "serving/index_check.h"
 #include "serving/mla_row_check.h"
 
 namespace attend::serving {
@@ -56,7 +57,10 @@ class Encoding {
         encode_value(row);
         return;
       case ValueKind::weight:
-        return;  // no cache holds any
+      case ValueKind::index_query:
+      case ValueKind::index_key:
+      case ValueKind::index_weight:
+        return;  // no cache of attention holds any
     }
   }
 
@@ -183,6 +187,13 @@ double ratio_to_bound(double got, double want, double bound) {
 
 RowOutcome compare(const SampledRow& row, const ModelPreset& model, const ValueGenerator& generator,
                    const KvStorage& storage) {
+  if (model.indexer) {
+    std::string wrong = check_chosen(row, model, generator);
+    if (!wrong.empty()) {
+      constexpr double kInfinity = std::numeric_limits<double>::infinity();
+      return {kInfinity, kInfinity, std::move(wrong)};
+    }
+  }
   const ExpectedRow want = model.mla ? recompute_mla(row, model, generator, storage)
                                      : recompute(row, model, generator, storage);
   RowOutcome outcome;

@@ -52,7 +52,8 @@ struct SampledRow {
   int layer = 0;
   int head = 0;
   AttentionType type = AttentionType::decoder;
-  std::vector<float> out;  ///< [output_dim() of the model]
+  std::vector<std::int32_t> chosen;  ///< sparse attention: as the indexer gave them
+  std::vector<float> out;            ///< [output_dim() of the model]
   float lse = 0.0F;
 };
 

@@ -6,6 +6,7 @@
 
 #include "attend/batch/split.h"
 #include "attend/core/float_types.h"
+#include "attend/ops/indexer_cache.h"
 
 namespace attend::serving {
 namespace {
@@ -33,6 +34,31 @@ int common_prefix_len(const RequestBatch& batch, int block_size) {
                                       first.begin());
   }
   return static_cast<int>(common) * block_size;
+}
+
+/// Work of attention to chosen tokens, and of their choice.
+StepWork measure_sparse_work(const RequestBatch& batch, const ModelPreset& model,
+                             std::int64_t kv_token_bytes) {
+  StepWork work;
+  const IndexerPreset& indexer = *model.indexer;
+  for (const ScheduledRequest& r : batch.requests) {
+    const std::int64_t seq_len = r.num_computed_tokens + r.num_scheduled_tokens;
+    if (r.is_decode()) {
+      const std::int64_t rows = std::min<std::int64_t>(seq_len, indexer.topk);
+      work.decode_bytes += static_cast<double>(rows * kv_token_bytes);
+      if (seq_len > indexer.topk)
+        work.decode_bytes += static_cast<double>(seq_len * indexer_cache::kRowBytes);
+      continue;
+    }
+    const std::int64_t first = r.num_computed_tokens, topk = indexer.topk;
+    work.prefill_flops += causal_pairs(first, seq_len - 1, indexer.topk) * model.num_q_heads * 2 *
+                          (model.mla->cache_dim() + model.mla->kv_lora_rank);
+    // Tokens that see no more than are chosen need no logits.
+    if (seq_len > topk)
+      work.prefill_flops += causal_pairs(std::max(first, topk), seq_len - 1, std::nullopt) *
+                            indexer.num_heads * 2 * indexer_cache::kDim;
+  }
+  return work;
 }
 
 }  // namespace
@@ -256,6 +282,7 @@ StepWork measure_work(const RequestBatch& batch, const ModelPreset& model,
                       std::int64_t kv_token_bytes, const LayerKind& layer) {
   StepWork work;
   const bool cross = layer.type == AttentionType::encoder_decoder;
+  if (model.indexer) return measure_sparse_work(batch, model, kv_token_bytes);
   for (const ScheduledRequest& r : batch.requests) {
     const std::int64_t seq_len = r.num_computed_tokens + r.num_scheduled_tokens;
     const std::int64_t all_keys = cross ? model.encoder_tokens : seq_len;

@@ -95,9 +95,12 @@ struct LayerKind {
 /// Useful work of a step in one layer.
 struct StepWork {
   /// 2 per multiply-add of q.k and p.v over visible pairs only. MLA: of the compute-friendly form,
-  /// in which every key and value is also made once from its latent.
+  /// in which every key and value is also made once from its latent. Sparse MLA: of the absorbed
+  /// form over chosen tokens, and of the indexer's logits.
   double prefill_flops = 0;
-  double decode_bytes = 0;  ///< keys and values that decode requests read, with their scales
+  /// Keys and values that decode requests read, with their scales; of sparse MLA the chosen rows,
+  /// and the indexer's keys.
+  double decode_bytes = 0;
 };
 /// `batch` is an encoder batch for encoder attention. `kv_token_bytes`: what the cache holds of a
 /// token in one layer.

@@ -30,6 +30,7 @@ struct ReplayOptions {
   std::string arithmetic = "automatic";
   std::string value_scales;
   std::optional<int> heads;
+  std::optional<int> index_topk;
   std::optional<int> threads;
   std::string json_path;
   serving::ReplayConfig config;  // the options that need no parsing go straight in
@@ -64,6 +65,7 @@ Examples:
   attend replay synthetic --kv-cache-dtype int8_level1 --value-scales scales.safetensors --check 100
   attend replay synthetic --arithmetic exact --check 100
   attend replay synthetic --model deepseek-v3 --heads 16 --kv-cache-dtype fp8_ds_mla --check 100
+  attend replay synthetic --model deepseek-v3.2 --heads 16 --index-topk 256 --check 100
   attend replay trace.jsonl --scale-lengths 0.1 --num-blocks 2000 --check 200
 
 Exit code: 0 done, 1 a checked row was wrong, 2 bad option or trace.
@@ -83,6 +85,9 @@ void add_options(CLI::App& command, ReplayOptions& o) {
   option("--heads", o.heads,
          "Query heads instead of the model's, for machines that the model is too large for: a "
          "multiple of its kv heads, at most 1024",
+         "N");
+  option("--index-topk", o.index_topk,
+         "Tokens that the indexer of a model with sparse attention chooses, instead of the model's",
          "N");
   option("--backend", c.backend, "auto or the name of a back end (attend backends)", "NAME")
       ->capture_default_str();
@@ -166,6 +171,7 @@ void run(ReplayOptions o) {
   serving::ReplayConfig& config = o.config;
   serving::ModelPreset model = serving::find_model(o.model);
   if (o.heads) model = serving::with_query_heads(model, *o.heads);
+  if (o.index_topk) model = serving::with_index_topk(model, *o.index_topk);
   config.model = &model;
   config.dtype = parse_choice("dtype", o.dtype, &parse_dtype, "f32, f16 or bf16");
   config.kv_layout = parse_choice("kv-layout", o.kv_layout, &parse_kv_layout, "nhd or hnd");

@@ -119,13 +119,29 @@ void check_mla_workspace(std::string_view op, Workspace workspace, std::size_t b
 }
 
 void check_mla_cache_room(std::string_view op, const ConstTensorView& cache,
-                          std::span<const std::int64_t> slots) {
+                          std::span<const std::int64_t> slots, std::string_view cache_name) {
   const std::int64_t capacity = cache.shape[0] * cache.shape[1];
   for (std::size_t i = 0; i < slots.size(); ++i) {
     check::require(
-        slots[i] < capacity, {op, "kv_cache"},
+        slots[i] < capacity, {op, cache_name},
         [&] { return fmt::format("room for slot {} of row {}", slots[i], i); },
         [&] { return describe(cache); });
+  }
+}
+
+void check_mla_blocks(std::string_view op, const MlaBlocks& b) {
+  for (std::size_t r = 0; r < b.seq_lens.size(); ++r) {
+    const std::int32_t* row =
+        b.table.as<std::int32_t>() + static_cast<std::int64_t>(r) * b.table.strides[0];
+    const std::int64_t blocks =
+        (std::int64_t{b.seq_lens[r]} + b.tokens_of_entry - 1) / b.tokens_of_entry;
+    for (std::int64_t i = 0; i < blocks; ++i) {
+      if (row[i] >= 0 && row[i] < b.num_blocks) continue;
+      check::fail(
+          {op, "block_table"},
+          [&] { return fmt::format("block ids in [0, {}) at [{}, {}]", b.num_blocks, r, i); },
+          row[i]);
+    }
   }
 }
 

@@ -37,6 +37,17 @@ void check_mla_results(const MlaCall& call, const ForwardArgs& args);
 void check_mla_workspace(std::string_view op, Workspace workspace, std::size_t bytes);
 /// @pre `cache` was checked.
 void check_mla_cache_room(std::string_view op, const ConstTensorView& cache,
-                          std::span<const std::int64_t> slots);
+                          std::span<const std::int64_t> slots,
+                          std::string_view cache_name = "kv_cache");
+
+/// The block table of a batch, and the cache that it leads to.
+struct MlaBlocks {
+  ConstTensorView table;                  ///< i32 [requests, max_blocks], wide enough
+  std::span<const std::int32_t> seq_lens;  ///< [requests]
+  int tokens_of_entry = 0;
+  std::int64_t num_blocks = 0;
+};
+/// That every block of a request's tokens is one of the cache.
+void check_mla_blocks(std::string_view op, const MlaBlocks& blocks);
 
 }  // namespace attend

@@ -136,6 +136,15 @@ class SparseMlaBuilder final : public MetadataBuilder {
     m.steps = m.batch.decision.strategy == SparseStrategy::separate
                   ? separate_steps(requests, m.split.num_decodes, workspace_rows_)
                   : mixed_steps(requests);
+    if (m.dcp.world_size == 1)
+      m.indexer = cut_indexer(
+          requests, {.topk = m.topk,
+                     .first_prefill = m.split.num_decodes,
+                     .max_keys = config_.sparse->max_gathered_keys != 0
+                                     ? config_.sparse->max_gathered_keys
+                                     : workspace_rows_,
+                     .max_logits = config_.sparse->max_logits_bytes /
+                                   static_cast<std::int64_t>(sizeof(float))});
     for (Step& step : m.steps) {
       m.most_rows = std::max(m.most_rows, step.rows);
       // Ends of rows, too: what cp_gather_cache() takes.
@@ -154,7 +163,7 @@ class SparseMlaBuilder final : public MetadataBuilder {
         for (std::int32_t i = 0; i < queries; ++i) {
           const std::size_t t = first + static_cast<std::size_t>(i);
           b.request_of_token[t] = r;
-          b.position_of_token[t] = requests.seq_len(r) - queries + i;
+          b.visible_of_token[t] = requests.seq_len(r) - queries + i + 1;
           b.workspace_request[t] = step.gathered ? r - step.request_begin : -1;
         }
       }

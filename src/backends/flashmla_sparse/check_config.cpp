@@ -75,7 +75,9 @@ class Checker {
     in_range("sparse.max_num_batched_tokens", s.max_num_batched_tokens, 1, kMost);
     in_range("sparse.num_processors", s.num_processors, 0, kMost);
     in_range("sparse.max_gathered_keys", s.max_gathered_keys, 0, kMost);
-    in_range("sparse.max_logits_bytes", s.max_logits_bytes, sizeof(float),
+    // Logits of the longest row.
+    in_range("sparse.max_logits_bytes", s.max_logits_bytes,
+             c_.mla->max_model_len * static_cast<std::int64_t>(sizeof(float)),
              std::numeric_limits<std::int64_t>::max());
     in_range("sparse.dcp_world_size", s.dcp_world_size, 1, 1 << 16);
     in_range("sparse.dcp_rank", s.dcp_rank, 0, s.dcp_world_size - 1);

@@ -42,24 +42,6 @@ void check_cache(const Layer& layer, const ForwardArgs& a, const SparseMlaMetada
   check_mla_cache_room(kOp, a.kv_cache, m.slot_mapping);
 }
 
-/// A gather takes every block of its requests; elsewhere indices lead to blocks one by one, and
-/// those that are not there are skipped.
-void check_blocks(const ForwardArgs& a, const SparseMlaMetadata& m) {
-  const std::int64_t num_blocks = a.kv_cache.shape[0];
-  for (int r = 0; r < m.num_reqs; ++r) {
-    const std::int32_t* row = m.block_table.as<std::int32_t>() + r * m.block_table.strides[0];
-    const std::int64_t tokens = std::int64_t{m.block_size} * m.dcp.world_size;
-    const std::int64_t blocks = (m.seq_lens[static_cast<std::size_t>(r)] + tokens - 1) / tokens;
-    for (std::int64_t b = 0; b < blocks; ++b) {
-      if (row[b] >= 0 && row[b] < num_blocks) continue;
-      check::fail(
-          at("block_table"),
-          [&] { return fmt::format("block ids in [0, {}) at [{}, {}]", num_blocks, r, b); },
-          row[b]);
-    }
-  }
-}
-
 void check_indices(const ForwardArgs& a, const SparseMlaMetadata& m) {
   const check::Where where = at("topk_indices");
   check::tensor(where, a.topk_indices, 2, {DType::i32});
@@ -121,7 +103,8 @@ void check_forward(const Layer& layer, const ForwardArgs& a, const SparseMlaMeta
   check_mla_inputs(call_of(layer, m.num_tokens), a);
   check_indices(a, m);
   check_cache(layer, a, m);
-  check_blocks(a, m);
+  check_mla_blocks(kOp, {m.block_table, m.seq_lens, m.block_size * m.dcp.world_size,
+                         a.kv_cache.shape[0]});
   check_overlaps(a, m);
   check_group(a, m);
   check::require(

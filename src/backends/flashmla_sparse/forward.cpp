@@ -145,11 +145,11 @@ class Call {
              [&](std::int64_t begin, std::int64_t end) {
                for (std::int64_t t = begin; t < end; ++t) {
                  const std::int64_t token = tokens.begin + t;
-                 const std::int32_t last =
-                     m_.buffers->position_of_token[static_cast<std::size_t>(token)];
+                 const std::int32_t visible =
+                     m_.buffers->visible_of_token[static_cast<std::size_t>(token)];
                  const auto* chosen = from.as<std::int32_t>() + token * from.strides[0];
                  std::transform(chosen, chosen + m_.topk, slots.as<std::int32_t>() + t * m_.topk,
-                                [&](std::int32_t i) { return i > last ? -1 : i; });
+                                [&](std::int32_t i) { return i < visible ? i : -1; });
                }
              });
   }

@@ -9,6 +9,7 @@
 #include "attend/batch/split.h"
 #include "attend/ops/sparse_mla.h"
 #include "backends/common/kv_cache_dtype.h"
+#include "backends/flashmla_sparse/indexer_steps.h"
 #include "backends/flashmla_sparse/persistent_buffers.h"
 #include "backends/flashmla_sparse/steps.h"
 
@@ -53,6 +54,7 @@ struct SparseMlaMetadata final : Metadata {
   std::shared_ptr<PersistentBuffers> buffers;
   SparseBatch batch;
   std::vector<Step> steps;
+  IndexerSteps indexer;
   /// Tokens that a call attends to at a time, so that its queries do not fill the memory.
   int tokens_at_once = 0;
   std::map<int, SparseMlaPlan> plans;  ///< by the number of tokens

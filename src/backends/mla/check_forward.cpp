@@ -30,19 +30,8 @@ void check_cache(const Layer& layer, const ForwardArgs& a, const MlaMetadata& m)
                {-1, m.block_size, ds_mla ? fp8_ds_mla::kRowBytes : layer.dims().cache_dim()});
   check::unit_last_stride(where, a.kv_cache);
   check::distinct_elements(where, a.kv_cache);
-  const std::int64_t num_blocks = a.kv_cache.shape[0];
   check_mla_cache_room(kOp, a.kv_cache, m.slot_mapping);
-  for (int r = 0; r < m.num_reqs; ++r) {
-    const std::int32_t* row = m.block_table.as<std::int32_t>() + r * m.block_table.strides[0];
-    const std::int32_t keys = m.seq_lens[static_cast<std::size_t>(r)];
-    for (std::int32_t b = 0; b < (keys + m.block_size - 1) / m.block_size; ++b) {
-      if (row[b] >= 0 && row[b] < num_blocks) continue;
-      check::fail(
-          at("block_table"),
-          [&] { return fmt::format("block ids in [0, {}) at [{}, {}]", num_blocks, r, b); },
-          row[b]);
-    }
-  }
+  check_mla_blocks(kOp, {m.block_table, m.seq_lens, m.block_size, a.kv_cache.shape[0]});
 }
 
 void check_overlaps(const ForwardArgs& a, const MlaMetadata& m) {
