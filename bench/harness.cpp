@@ -128,7 +128,7 @@ std::vector<Case> all_cases() {
   std::vector<Case> cases;
   for (const auto& some :
        {prefill_cases, decode_cases, cascade_cases, int8_cases, cache_cases, indexer_cases,
-        mla_cases, mla_context_cases, mla_projection_cases, sparse_cases})
+        mla_cases, mla_context_cases, mla_projection_cases, sparse_cases, sparse_backend_cases})
     for (Case& c : some()) cases.push_back(std::move(c));
   return cases;
 }

@@ -82,6 +82,7 @@ std::vector<Case> mla_cases();
 std::vector<Case> mla_context_cases();
 std::vector<Case> mla_projection_cases();
 std::vector<Case> sparse_cases();
+std::vector<Case> sparse_backend_cases();
 
 /// How fast something is.
 struct Speed {

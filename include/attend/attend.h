@@ -51,6 +51,7 @@
 #include "attend/ops/top_k.h"
 #include "attend/oracle/attention.h"
 #include "attend/oracle/indexer.h"
+#include "attend/oracle/indexer_row.h"
 #include "attend/oracle/mla.h"
 #include "attend/oracle/mla_decode.h"
 #include "attend/oracle/projection.h"

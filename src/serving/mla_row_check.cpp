@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "serving/mla_row_check.h"
 
-#include <algorithm>
 #include <cmath>
 #include <utility>
 
@@ -99,22 +98,17 @@ ExpectedRow recompute_mla(const SampledRow& row, const ModelPreset& model,
   p.dims = n;
   p.position = row.position;
   p.num_keys = row.num_keys;
-  if (model.indexer) {  // what was chosen and nothing else, in that order
-    p.num_keys = std::ranges::count_if(row.chosen, [](std::int32_t j) { return j >= 0; });
-    p.position = p.num_keys - 1;
-  }
-  const auto position = [&](std::int64_t j) {
-    return model.indexer ? row.chosen[static_cast<std::size_t>(j)] : j;
-  };
   p.scale = model.scale ? static_cast<double>(*model.scale) : 1.0 / std::sqrt(n.qk_head_dim());
   p.dtype = generator.dtype();
   p.cache_dtype = storage.dtype;
   p.q = [&](int d) { return static_cast<double>(query[static_cast<std::size_t>(d)]); };
-  p.latent = [&](std::int64_t j, int l) { return tokens.latent(position(j), l); };
-  p.k_pe = [&](std::int64_t j, int d) { return tokens.rotated(position(j), d); };
+  p.latent = [&](std::int64_t j, int l) { return tokens.latent(j, l); };
+  p.k_pe = [&](std::int64_t j, int d) { return tokens.rotated(j, d); };
   p.w_uk = weight;
   p.w_uv = [&](int v, int l) { return weight(n.qk_nope_head_dim + v, l); };
-  oracle::MlaRowResult r = row.mla_decode || model.indexer ? oracle::mla_decode_row(p) : oracle::mla_prefill_row(p);
+  oracle::MlaRowResult r = model.indexer    ? oracle::mla_sparse_row(p, row.chosen)
+                           : row.mla_decode ? oracle::mla_decode_row(p)
+                                            : oracle::mla_prefill_row(p);
   return {std::move(r.out), std::move(r.out_bound), r.lse, r.lse_bound};
 }
 

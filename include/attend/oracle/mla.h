@@ -2,6 +2,7 @@
 #pragma once
 #include <cstdint>
 #include <functional>
+#include <span>
 #include <vector>
 
 #include "attend/core/dtype.h"
@@ -55,5 +56,8 @@ MlaRowResult mla_prefill_row(const MlaRowProblem& p);
 /// Decode: the absorbed form, the query against latents rounded to the dtype. That the attention's
 /// output is rounded, too, is part of the bounds.
 MlaRowResult mla_decode_row(const MlaRowProblem& p);
+/// Sparse attention: the absorbed form over the keys that `chosen` names, one that is named twice
+/// twice. Names that are negative or behind the query are skipped.
+MlaRowResult mla_sparse_row(const MlaRowProblem& p, std::span<const std::int32_t> chosen);
 
 }  // namespace attend::oracle
