@@ -42,7 +42,7 @@ struct LayerGroupConfig {
   Executor* executor = nullptr;               ///< null = default_executor()
   std::int64_t max_model_len = 0;             ///< as MlaBuilderConfig::max_model_len
   int max_num_seqs = 0;                       ///< as MlaBuilderConfig::max_num_seqs
-  int max_num_batched_tokens = 0;  ///< as SparseBuilderConfig's, of sparse models only
+  int max_num_batched_tokens = 0;             ///< as SparseBuilderConfig's, of sparse models only
 };
 
 /// Groups in the order in which a step runs them: encoder, self attention, cross attention.

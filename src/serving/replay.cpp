@@ -233,10 +233,10 @@ void Engine::choose_blocks() {
   result_.kv_cache_dtype = storage_.name();
   result_.block_bytes = kv_layer_bytes(backend_, one);
   const std::int64_t index_bytes = model_.indexer ? index_block_bytes(result_.block_size) : 0;
-  result_.num_blocks = choose_number(
-      "num-blocks", config_.num_blocks,
-      default_num_blocks(trace_, result_.block_size, result_.block_bytes + index_bytes,
-                         config_.num_layers));
+  result_.num_blocks =
+      choose_number("num-blocks", config_.num_blocks,
+                    default_num_blocks(trace_, result_.block_size,
+                                       result_.block_bytes + index_bytes, config_.num_layers));
   pool_.emplace(result_.num_blocks);
   if (!model_.has_cross_attention()) return;
   const std::int64_t each = ceil_div(model_.encoder_tokens, result_.block_size);
@@ -400,26 +400,26 @@ double Engine::run_layer(const LayerGroup& group, std::size_t index, const StepI
 void Engine::sample_rows(const LayerGroup& group, int layer, const std::vector<StepToken>& tokens) {
   const int heads = model_.num_q_heads;
   const bool cross = group.kind.type == AttentionType::encoder_decoder;
-  sampler_.pass(static_cast<std::int64_t>(tokens.size()) * heads,
-                [&](std::int64_t item, std::int64_t slot) {
-                  const auto token = static_cast<int>(item / heads);
-                  const auto head = static_cast<int>(item % heads);
-                  const StepToken& t = tokens[static_cast<std::size_t>(token)];
-                  if (slot == static_cast<std::int64_t>(sampled_.size())) sampled_.emplace_back();
-                  sampled_[static_cast<std::size_t>(slot)] = {
-                      .request = t.request,
-                      .step = static_cast<std::int64_t>(result_.steps.size()),
-                      .position = t.position,
-                      .num_keys = cross ? model_.encoder_tokens : t.num_keys,
-                      .first_rejected = t.first_rejected,
-                      .mla_decode = t.mla_decode,
-                      .layer = layer,
-                      .head = head,
-                      .type = group.kind.type,
-                      .chosen = indexers_ ? indexers_->chosen_row(token) : std::vector<std::int32_t>(),
-                      .out = tensors_.output_row(token, head),
-                      .lse = tensors_.lse_value(token, head)};
-                });
+  sampler_.pass(
+      static_cast<std::int64_t>(tokens.size()) * heads, [&](std::int64_t item, std::int64_t slot) {
+        const auto token = static_cast<int>(item / heads);
+        const auto head = static_cast<int>(item % heads);
+        const StepToken& t = tokens[static_cast<std::size_t>(token)];
+        if (slot == static_cast<std::int64_t>(sampled_.size())) sampled_.emplace_back();
+        sampled_[static_cast<std::size_t>(slot)] = {
+            .request = t.request,
+            .step = static_cast<std::int64_t>(result_.steps.size()),
+            .position = t.position,
+            .num_keys = cross ? model_.encoder_tokens : t.num_keys,
+            .first_rejected = t.first_rejected,
+            .mla_decode = t.mla_decode,
+            .layer = layer,
+            .head = head,
+            .type = group.kind.type,
+            .chosen = indexers_ ? indexers_->chosen_row(token) : std::vector<std::int32_t>(),
+            .out = tensors_.output_row(token, head),
+            .lse = tensors_.lse_value(token, head)};
+      });
 }
 
 void Engine::report_progress() const {

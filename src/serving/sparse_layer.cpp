@@ -31,10 +31,9 @@ SparseLayers::SparseLayers(const ModelPreset& model, DType dtype, const IndexerM
   CacheMemoryOptions options;
   options.executor = &executor;
   options.fill = 0xff;  // NaN codes and scales
-  cache_ = CacheMemory(
-      static_cast<std::size_t>(index_block_bytes(memory.block_size) * memory.num_blocks *
-                               memory.num_layers),
-      options);
+  cache_ = CacheMemory(static_cast<std::size_t>(index_block_bytes(memory.block_size) *
+                                                memory.num_blocks * memory.num_layers),
+                       options);
   SparseIndexerConfig c;
   c.num_heads = model.indexer->num_heads;
   c.topk = model.indexer->topk;

@@ -34,9 +34,9 @@ class IndexerBench {
       : executor(run_on),
         layer(setup(), run_on),
         cos_sin(DType::f32, {SparseLayer::kMaxTokens, 64}),
-        cache(DType::u8, {SparseLayer::kMaxRequests * SparseLayer::kMaxTokens /
-                              SparseLayer::kBlockSize,
-                          SparseLayer::kBlockSize, 132}),
+        cache(DType::u8,
+              {SparseLayer::kMaxRequests * SparseLayer::kMaxTokens / SparseLayer::kBlockSize,
+               SparseLayer::kBlockSize, 132}),
         indexer(make_config()) {
     cache.fill_bytes(0xff);
     BuilderConfig config = layer.builder_config();
@@ -194,8 +194,8 @@ TEST(SparseIndexer, ChoosesWhatOneCallOverAllKeysDoes) {
   const IndexerBench::Rows wanted = by_hand(first, 0);
   const std::int64_t row_bytes = SparseLayer::kMaxTokens * 4;
   // All at once; few logits; few keys, so that requests read pages; both.
-  for (const Budgets& b : {Budgets{}, Budgets{0, row_bytes}, Budgets{130, 3 * row_bytes},
-                           Budgets{10, row_bytes}}) {
+  for (const Budgets& b :
+       {Budgets{}, Budgets{0, row_bytes}, Budgets{130, 3 * row_bytes}, Budgets{10, row_bytes}}) {
     for (Executor* executor : {one.get(), three.get()}) {
       SCOPED_TRACE(std::to_string(b.keys) + " keys " + std::to_string(b.logits_bytes));
       IndexerBench bench(*executor, b);
@@ -228,8 +228,8 @@ TEST(SparseIndexer, FillsTheRestWithNothing) {
 
 TEST(SparseIndexerSteps, KeepTheBudgets) {
   // Two decodes of one token, one of three, a short one, a prompt, one without queries and another.
-  const std::vector<std::int32_t> starts = {0, 1, 2, 5, 6, 206, 206, 306}, lens = {100, 300, 90, 20,
-                                                                                  200, 50, 150};
+  const std::vector<std::int32_t> starts = {0, 1, 2, 5, 6, 206, 206, 306},
+                                  lens = {100, 300, 90, 20, 200, 50, 150};
   const flashmla_sparse::Requests requests{7, starts, lens};
   for (const std::int64_t keys : {100, 200, 350}) {
     for (const std::int64_t logits : {300, 1000, 1 << 20}) {

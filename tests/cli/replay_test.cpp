@@ -180,6 +180,20 @@ TEST(ReplayCommand, HeadsReplaceThoseOfTheModel) {
   EXPECT_THAT(r.err, HasSubstr("8 query heads"));
 }
 
+TEST(ReplayCommand, IndexTopkReplacesThatOfTheModel) {
+  const std::string sparse = kSmall + "--model deepseek-v3.2 --heads 1 --index-topk 12 --check 8 ";
+  for (const char* cache : {"auto", "fp8_ds_mla"}) {
+    const CliResult r = run_cli(sparse + "--json - --kv-cache-dtype " + cache);
+    ASSERT_EQ(r.exit_code, 0) << r.err;
+    const auto j = nlohmann::json::parse(r.out);
+    EXPECT_EQ(j.at("backend"), "FLASHMLA_SPARSE");
+    EXPECT_EQ(j.at("check").at("failed"), 0);
+  }
+  EXPECT_EQ(run_cli(kSmall + "--index-topk 12").exit_code, 2);
+  EXPECT_EQ(run_cli(kSmall + "--model deepseek-v3.2 --index-topk 0").exit_code, 2);
+  EXPECT_EQ(run_cli(sparse + "--kv-cache-dtype fp8_e4m3").exit_code, 2);
+}
+
 TEST(ReplayCommand, ScalesThatDoNotFitAreOneLineAndExitCodeTwo) {
   const CalibratedScales scales("--layers 2");
   const std::string level1 = kSmall + "--kv-cache-dtype int8_level1 ";

@@ -212,6 +212,23 @@ TEST(MlaOracle, AForgottenKeyOrAnotherIsBeyondTheBounds) {
   }
 }
 
+TEST(MlaOracle, SparseRowsAttendToWhatIsNamed) {
+  const RandomRow row(kDeepSeek, DType::bf16, 20, 6);
+  std::vector<std::int32_t> all(25, -1);
+  for (int j = 0; j < 20; ++j) all[static_cast<std::size_t>(j)] = j;
+  const MlaRowResult dense = mla_decode_row(row.p), whole = mla_sparse_row(row.p, all);
+  EXPECT_EQ(whole.out, dense.out);
+  EXPECT_EQ(whole.lse_bound, dense.lse_bound);
+  // One key, named twice, among names of nothing: its value, and a sum of two equal weights.
+  const std::int32_t once[] = {7}, twice[] = {-1, 7, 20, 7, 1 << 30};
+  const MlaRowResult one = mla_sparse_row(row.p, once), two = mla_sparse_row(row.p, twice);
+  EXPECT_NEAR(two.lse, one.lse + std::log(2.0), 1e-12);
+  for (std::size_t v = 0; v < one.out.size(); ++v) EXPECT_NEAR(two.out[v], one.out[v], 1e-12);
+  MlaRowProblem earlier = row.p;
+  earlier.position = 6;
+  EXPECT_EQ(mla_sparse_row(earlier, twice).lse, -std::numeric_limits<double>::infinity());
+}
+
 TEST(MlaOracle, RoundsWhatALayerRounds) {
   const RandomRow row(kDeepSeek, DType::bf16, 50, 5);
   const MlaExactRow exact = mla_absorbed_row(row.p);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Replays of a model with sparse latent attention: what the indexer chose and every row check out in
-// float64, and faults are caught.
+// Replays of a model with sparse latent attention: what the indexer chose and every row check out
+// in float64, and faults are caught.
 #include <gmock/gmock.h>
 
 #include <algorithm>
@@ -21,8 +21,8 @@ namespace {
 class SparseReplay : public ::testing::TestWithParam<std::string> {
  protected:
   SparseReplay() {
-    model_ = with_index_topk(
-        with_query_heads(find_model("deepseek-v3.2"), testing::scaled(2, 1)), 24);
+    model_ =
+        with_index_topk(with_query_heads(find_model("deepseek-v3.2"), testing::scaled(2, 1)), 24);
     model_.indexer->num_heads = testing::scaled(64, 8);
     config_.model = &model_;
     config_.num_layers = 2;

@@ -17,12 +17,12 @@ struct SparseIndexerConfig {
   int topk = 2048;     ///< tokens chosen for each query, >= 1: SparseBuilderConfig::topk
   /// [max_pos, 64] as in PrepareIndexerArgs; must live as long as the indexer.
   ConstTensorView cos_sin_cache;
-  bool is_neox = true;                          ///< as in PrepareIndexerArgs
+  bool is_neox = true;                            ///< as in PrepareIndexerArgs
   std::vector<float> k_norm_weight, k_norm_bias;  ///< [128]: LayerNorm of the keys
   float k_norm_eps = 1e-6F;
-  bool hadamard = false;                          ///< as in PrepareIndexerArgs
-  IndexerScale scale_fmt = IndexerScale::ue8m0;   ///< of queries and keys
-  std::optional<float> softmax_scale;             ///< unset = 128^-0.5
+  bool hadamard = false;                         ///< as in PrepareIndexerArgs
+  IndexerScale scale_fmt = IndexerScale::ue8m0;  ///< of queries and keys
+  std::optional<float> softmax_scale;            ///< unset = 128^-0.5
 };
 
 /// Tensors of one call. T as in ForwardArgs; rows beyond the batch's num_tokens are not read.

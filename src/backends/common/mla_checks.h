@@ -42,7 +42,7 @@ void check_mla_cache_room(std::string_view op, const ConstTensorView& cache,
 
 /// The block table of a batch, and the cache that it leads to.
 struct MlaBlocks {
-  ConstTensorView table;                  ///< i32 [requests, max_blocks], wide enough
+  ConstTensorView table;                   ///< i32 [requests, max_blocks], wide enough
   std::span<const std::int32_t> seq_lens;  ///< [requests]
   int tokens_of_entry = 0;
   std::int64_t num_blocks = 0;

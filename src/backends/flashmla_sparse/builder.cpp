@@ -137,14 +137,13 @@ class SparseMlaBuilder final : public MetadataBuilder {
                   ? separate_steps(requests, m.split.num_decodes, workspace_rows_)
                   : mixed_steps(requests);
     if (m.dcp.world_size == 1)
-      m.indexer = cut_indexer(
-          requests, {.topk = m.topk,
-                     .first_prefill = m.split.num_decodes,
-                     .max_keys = config_.sparse->max_gathered_keys != 0
-                                     ? config_.sparse->max_gathered_keys
-                                     : workspace_rows_,
-                     .max_logits = config_.sparse->max_logits_bytes /
-                                   static_cast<std::int64_t>(sizeof(float))});
+      m.indexer = cut_indexer(requests, {.topk = m.topk,
+                                         .first_prefill = m.split.num_decodes,
+                                         .max_keys = config_.sparse->max_gathered_keys != 0
+                                                         ? config_.sparse->max_gathered_keys
+                                                         : workspace_rows_,
+                                         .max_logits = config_.sparse->max_logits_bytes /
+                                                       static_cast<std::int64_t>(sizeof(float))});
     for (Step& step : m.steps) {
       m.most_rows = std::max(m.most_rows, step.rows);
       // Ends of rows, too: what cp_gather_cache() takes.

@@ -103,8 +103,8 @@ void check_forward(const Layer& layer, const ForwardArgs& a, const SparseMlaMeta
   check_mla_inputs(call_of(layer, m.num_tokens), a);
   check_indices(a, m);
   check_cache(layer, a, m);
-  check_mla_blocks(kOp, {m.block_table, m.seq_lens, m.block_size * m.dcp.world_size,
-                         a.kv_cache.shape[0]});
+  check_mla_blocks(
+      kOp, {m.block_table, m.seq_lens, m.block_size * m.dcp.world_size, a.kv_cache.shape[0]});
   check_overlaps(a, m);
   check_group(a, m);
   check::require(

@@ -141,9 +141,9 @@ class Call {
 
   void run() {
     prepare();
-    indexer_short_rows({.lengths = visible(0, m_.num_tokens),
-                        .out = a_.topk_indices.slice(0, 0, m_.num_tokens)},
-                       &executor_);
+    indexer_short_rows(
+        {.lengths = visible(0, m_.num_tokens), .out = a_.topk_indices.slice(0, 0, m_.num_tokens)},
+        &executor_);
     for (const IndexerStep& step : m_.indexer.steps) {
       if (!step.cu_seq_lens.empty()) gather(step);
       for (const LogitsChunk& chunk : step.chunks) choose(step, chunk);
@@ -176,11 +176,12 @@ class Call {
     p.k_out = {base_ + layout_.key, a_.q.dtype, {m_.num_tokens, kDim}};
     prepare_indexer(p, &executor_);
     if (m_.slot_mapping.empty()) return;
-    indexer_k_quant_and_cache({.k = p.k_out,
-                               .kv_cache = a_.cache,
-                               .slot_mapping = {m_.slot_mapping.data(), DType::i64, {m_.num_tokens}},
-                               .scale_fmt = c_.scale_fmt},
-                              &executor_);
+    indexer_k_quant_and_cache(
+        {.k = p.k_out,
+         .kv_cache = a_.cache,
+         .slot_mapping = {m_.slot_mapping.data(), DType::i64, {m_.num_tokens}},
+         .scale_fmt = c_.scale_fmt},
+        &executor_);
   }
 
   void gather(const IndexerStep& step) const {
@@ -220,9 +221,10 @@ class Call {
       l.k = {base_ + layout_.keys + static_cast<std::size_t>(chunk.first_key) * kDim,
              DType::fp8_e4m3,
              {chunk.columns, kDim}};
-      l.k_scale = {base_ + layout_.scales + static_cast<std::size_t>(chunk.first_key) * sizeof(float),
-                   DType::f32,
-                   {chunk.columns}};
+      l.k_scale = {
+          base_ + layout_.scales + static_cast<std::size_t>(chunk.first_key) * sizeof(float),
+          DType::f32,
+          {chunk.columns}};
       l.weights = weights;
       l.ks = zeros;
       l.ke = lengths;
@@ -258,11 +260,10 @@ SparseIndexer::SparseIndexer(SparseIndexerConfig config) : config_(std::move(con
   const SparseIndexerConfig& c = config_;
   check::require(c.num_heads >= 1, where("num_heads"), "a number >= 1", c.num_heads);
   check::require(c.topk >= 1, where("topk"), "a number >= 1", c.topk);
-  check::tensor(where("cos_sin_cache"), c.cos_sin_cache, 2,
-                {DType::f32, DType::f16, DType::bf16});
+  check::tensor(where("cos_sin_cache"), c.cos_sin_cache, 2, {DType::f32, DType::f16, DType::bf16});
   check::shape(where("cos_sin_cache"), c.cos_sin_cache, {-1, kDim / 2});
-  for (const auto& [name, values] : {std::pair{"k_norm_weight", &c.k_norm_weight},
-                                     std::pair{"k_norm_bias", &c.k_norm_bias}})
+  for (const auto& [name, values] :
+       {std::pair{"k_norm_weight", &c.k_norm_weight}, std::pair{"k_norm_bias", &c.k_norm_bias}})
     check::require(
         values->size() == static_cast<std::size_t>(kDim), where(name),
         [] { return fmt::format("{} numbers", kDim); }, values->size());

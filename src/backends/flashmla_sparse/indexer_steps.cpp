@@ -18,8 +18,9 @@ class Cutter {
       const bool gathered = r >= budget_.first_prefill && requests_.seq_len(r) <= budget_.max_keys;
       if (gathered) {
         add_to_gather(r);
-        add_rows(r, result_.steps.back().cu_seq_lens[static_cast<std::size_t>(
-                        r - result_.steps.back().request_begin)]);
+        add_rows(
+            r, result_.steps.back()
+                   .cu_seq_lens[static_cast<std::size_t>(r - result_.steps.back().request_begin)]);
       } else {
         if (result_.steps.empty() || !result_.steps.back().cu_seq_lens.empty())
           result_.steps.emplace_back();
@@ -79,8 +80,8 @@ class Cutter {
 
   /// Chunks of one request, as few as the budget allows.
   void add_rows(int r, std::int32_t first_key) {
-    const auto at_once =
-        static_cast<std::int32_t>(std::max<std::int64_t>(1, budget_.max_logits / requests_.seq_len(r)));
+    const auto at_once = static_cast<std::int32_t>(
+        std::max<std::int64_t>(1, budget_.max_logits / requests_.seq_len(r)));
     for (std::int32_t left = num_long(r); left > 0;) {
       const std::int32_t take = std::min(left, at_once);
       LogitsChunk c;

@@ -22,8 +22,8 @@ struct LogitsChunk {
 
 /// Some chunks, before which keys may be gathered.
 struct IndexerStep {
-  int request_begin = 0, request_end = 0;   ///< of the gather
-  std::vector<std::int32_t> cu_seq_lens;    ///< its rows; empty = the chunks read pages
+  int request_begin = 0, request_end = 0;  ///< of the gather
+  std::vector<std::int32_t> cu_seq_lens;   ///< its rows; empty = the chunks read pages
   std::vector<LogitsChunk> chunks;
 };
 
@@ -35,9 +35,9 @@ struct IndexerSteps {
 
 struct IndexerBudget {
   int topk = 0;
-  int first_prefill = 0;          ///< request; those before it read pages
-  std::int64_t max_keys = 0;      ///< gathered at a time; a longer request reads pages
-  std::int64_t max_logits = 0;    ///< >= tokens of the longest request
+  int first_prefill = 0;        ///< request; those before it read pages
+  std::int64_t max_keys = 0;    ///< gathered at a time; a longer request reads pages
+  std::int64_t max_logits = 0;  ///< >= tokens of the longest request
 };
 
 /// Chunks for the query tokens that see more than `topk` tokens.

@@ -12,9 +12,9 @@ namespace attend::flashmla_sparse {
 /// What metadata holds for each token, in memory of fixed size.
 struct PersistentBuffers {
   std::vector<std::int32_t> request_of_token;   ///< [max_num_batched_tokens]
-  std::vector<std::int32_t> visible_of_token;         ///< likewise: tokens up to it, itself too
+  std::vector<std::int32_t> visible_of_token;   ///< likewise: tokens up to it, itself too
   std::vector<std::int32_t> workspace_request;  ///< likewise: in its step, -1 = reads the cache
-  std::vector<std::int32_t> zeros;                    ///< likewise
+  std::vector<std::int32_t> zeros;              ///< likewise
   std::vector<std::int32_t> tile_scheduler_metadata;  ///< [most parts, 8]
   std::vector<std::int32_t> num_splits;               ///< [2]
   std::vector<std::int32_t> cache_lens;               ///< [1]

@@ -70,8 +70,8 @@ namespace attend::flashmla_sparse {
 namespace {
 
 // Nanoseconds of one worker, measured: see the record named above.
-constexpr double kDequantiseRow = 60.0;  ///< a row of codes more than one of bf16, in attention
-constexpr double kGatherRow = 250.0;     ///< a row from the cache into the workspace
+constexpr double kDequantiseRow = 50.0;  ///< a row of codes more than one of bf16, in attention
+constexpr double kGatherRow = 420.0;     ///< a row from the cache into the workspace
 constexpr double kGatherStart = 10000.0;
 
 SparseDecision estimate(const StrategyInput& in, const Requests& requests) {
