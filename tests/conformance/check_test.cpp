@@ -61,11 +61,10 @@ TEST(Check, ExactArithmeticRunsWhatHasAChoice) {
     EXPECT_EQ(row.cases < options.cases, some) << row.op << " " << row.cases;
   }
   EXPECT_THAT(
-      names,
-      ElementsAre("backend:FLASHMLA_SPARSE", "backend:FLASH_ATTN", "backend:FLASH_ATTN:int8",
-                  "backend:FLASH_ATTN_MLA", "flash_attn_varlen", "flash_attn_with_kvcache",
-                  "mla_decode", "shared_prefixes", "sparse_flash_mla_fwd",
-                  "sparse_flash_mla_with_kvcache", "sparse_layer", "sparse_mla_attention"));
+      names, ElementsAre("backend:FLASHMLA_SPARSE", "backend:FLASH_ATTN", "backend:FLASH_ATTN:int8",
+                         "backend:FLASH_ATTN_MLA", "flash_attn_varlen", "flash_attn_with_kvcache",
+                         "mla_decode", "shared_prefixes", "sparse_flash_mla_fwd",
+                         "sparse_flash_mla_with_kvcache", "sparse_layer", "sparse_mla_attention"));
   for (const CheckFailure& f : report.failures) {
     ADD_FAILURE() << f.problem << "\n" << f.message << "\nrepeat: " << f.command;
   }

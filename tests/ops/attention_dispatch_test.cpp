@@ -2,6 +2,7 @@
 #include <gtest/gtest.h>
 
 #include "attend/plan/kernel_choice.h"
+#include "core/cpu_detect.h"
 #include "kernels/cpu/attention/attention.h"
 
 namespace attend {
@@ -45,6 +46,7 @@ TEST(AttentionDispatch, EveryLevelServesEveryType) {
 
 #if defined(__x86_64__)
 TEST(AttentionDispatch, AKernelOfItsOwnIsPreferred) {
+  if (highest_built_isa() < amx) GTEST_SKIP() << "built without the kernels of amx";
   for (const DType keys : {DType::fp8_e4m3, DType::fp8_e5m2}) {
     EXPECT_NE(float_queries(avx512_spr, keys), float_queries(avx512_vnni, keys));
   }
@@ -56,6 +58,7 @@ TEST(AttentionDispatch, AKernelOfItsOwnIsPreferred) {
 
 // The plan cannot look at the kernels, so it has a list of its own.
 TEST(AttentionDispatch, FastKernelsAreThoseOfTiles) {
+  if (highest_built_isa() < amx) GTEST_SKIP() << "built without the kernels of amx";
   for (const DType keys :
        {DType::f32, DType::f16, DType::bf16, DType::fp8_e4m3, DType::fp8_e5m2, DType::i8}) {
     const KernelKind kind = kernel_kind(DType::bf16, keys, keys);
