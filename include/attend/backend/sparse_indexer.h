@@ -38,6 +38,9 @@ struct SparseIndexerArgs {
   TensorView topk_indices;
   Workspace workspace;
   Executor* executor = nullptr;  ///< null = default_executor()
+  /// The rank that the builder was told of (SparseBuilderConfig::dcp_world_size), null without
+  /// ranks.
+  Communicator* communicator = nullptr;
 };
 
 /// Any number of threads may call it at the same time.
@@ -56,8 +59,13 @@ class SparseIndexer {
   /// SparseBuilderConfig::max_logits_bytes are in memory at a time, and none are computed for
   /// tokens that see no more than `topk`. What is chosen for a token depends on its request alone.
   /// `metadata` null = profiling run: -1 everywhere, nothing is read.
-  /// @throws InvalidArgument before anything but the workspace is written; Unsupported for metadata
-  /// of ranks.
+  ///
+  /// With several ranks it is a collective call: all ranks make it with the same tensors but for
+  /// the cache, which holds the keys of a rank's own tokens as dcp_slot_mapping() places them, and
+  /// budgets are those of a rank. Each chooses among its own keys, and dcp_top_k() makes of it what
+  /// a single rank would choose, the same bits on all ranks.
+  /// @throws InvalidArgument before anything but the workspace is written, or sent;
+  /// CommunicatorAborted.
   void forward(const SparseIndexerArgs& args, const Metadata* metadata) const;
 
   const SparseIndexerConfig& config() const noexcept { return config_; }

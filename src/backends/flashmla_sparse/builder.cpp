@@ -13,6 +13,7 @@
 #include "backends/flashmla_sparse/strategy.h"
 #include "backends/flashmla_sparse/workspace.h"
 #include "core/check.h"
+#include "dist/dcp/layout.h"
 
 namespace attend::flashmla_sparse {
 namespace {
@@ -136,14 +137,14 @@ class SparseMlaBuilder final : public MetadataBuilder {
     m.steps = m.batch.decision.strategy == SparseStrategy::separate
                   ? separate_steps(requests, m.split.num_decodes, workspace_rows_)
                   : mixed_steps(requests);
-    if (m.dcp.world_size == 1)
-      m.indexer = cut_indexer(requests, {.topk = m.topk,
-                                         .first_prefill = m.split.num_decodes,
-                                         .max_keys = config_.sparse->max_gathered_keys != 0
-                                                         ? config_.sparse->max_gathered_keys
-                                                         : workspace_rows_,
-                                         .max_logits = config_.sparse->max_logits_bytes /
-                                                       static_cast<std::int64_t>(sizeof(float))});
+    m.indexer = cut_indexer(
+        requests,
+        {.topk = m.topk,
+         .first_prefill = m.split.num_decodes,
+         .max_keys = config_.sparse->max_gathered_keys != 0 ? config_.sparse->max_gathered_keys
+                                                            : workspace_rows_,
+         .max_logits = config_.sparse->max_logits_bytes / static_cast<std::int64_t>(sizeof(float)),
+         .layout = m.dcp.layout()});
     for (Step& step : m.steps) {
       m.most_rows = std::max(m.most_rows, step.rows);
       // Ends of rows, too: what cp_gather_cache() takes.
@@ -162,7 +163,10 @@ class SparseMlaBuilder final : public MetadataBuilder {
         for (std::int32_t i = 0; i < queries; ++i) {
           const std::size_t t = first + static_cast<std::size_t>(i);
           b.request_of_token[t] = r;
-          b.visible_of_token[t] = requests.seq_len(r) - queries + i + 1;
+          const std::int32_t visible = requests.seq_len(r) - queries + i + 1;
+          b.visible_of_token[t] = visible;
+          b.held_of_token[t] =
+              static_cast<std::int32_t>(dcp::local_count(visible, m.dcp.rank, m.dcp.layout()));
           b.workspace_request[t] = step.gathered ? r - step.request_begin : -1;
         }
       }

@@ -7,8 +7,8 @@
 #include <utility>
 
 #include "attend/cache/fp8_ds_mla.h"
-#include "attend/dist/communicator.h"
 #include "backends/common/mla_checks.h"
+#include "backends/flashmla_sparse/check_group.h"
 #include "backends/flashmla_sparse/layer.h"
 #include "core/check.h"
 
@@ -69,25 +69,6 @@ void check_overlaps(const ForwardArgs& a, const SparseMlaMetadata& m) {
       check::no_overlap(at("kv_cache"), a.kv_cache, other, input);
 }
 
-void check_group(const ForwardArgs& a, const SparseMlaMetadata& m) {
-  const bool alone = m.dcp.world_size == 1;
-  const bool fits = alone
-                        ? a.communicator == nullptr
-                        : a.communicator != nullptr && a.communicator->size() == m.dcp.world_size &&
-                              a.communicator->rank() == m.dcp.rank;
-  check::require(
-      fits, at("communicator"),
-      [&] {
-        return alone ? std::string("null: the builder was told of no ranks")
-                     : fmt::format("rank {} of {}", m.dcp.rank, m.dcp.world_size);
-      },
-      [&] {
-        return a.communicator == nullptr
-                   ? std::string("null")
-                   : fmt::format("rank {} of {}", a.communicator->rank(), a.communicator->size());
-      });
-}
-
 }  // namespace
 
 void check_results(const Layer& layer, const ForwardArgs& a) {
@@ -106,7 +87,7 @@ void check_forward(const Layer& layer, const ForwardArgs& a, const SparseMlaMeta
   check_mla_blocks(
       kOp, {m.block_table, m.seq_lens, m.block_size * m.dcp.world_size, a.kv_cache.shape[0]});
   check_overlaps(a, m);
-  check_group(a, m);
+  check_group(kOp, a.communicator, m.dcp);
   check::require(
       executor.num_workers() == m.num_workers, at("executor"),
       [&] { return fmt::format("{} workers, as the builder was told", m.num_workers); },

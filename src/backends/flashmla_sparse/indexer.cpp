@@ -8,11 +8,13 @@
 
 #include "attend/backend/sparse_indexer.h"
 #include "attend/core/error.h"
+#include "attend/dist/indexer.h"
 #include "attend/ops/indexer.h"
 #include "attend/ops/indexer_logits.h"
 #include "attend/ops/top_k.h"
 #include "backends/common/layout_cursor.h"
 #include "backends/common/mla_checks.h"
+#include "backends/flashmla_sparse/check_group.h"
 #include "backends/flashmla_sparse/metadata.h"
 #include "core/check.h"
 
@@ -37,6 +39,7 @@ struct Layout {
   std::size_t keys = 0;     ///< fp8_e4m3 [gathered, 128]
   std::size_t scales = 0;   ///< f32 [gathered]
   std::size_t logits = 0;   ///< f32
+  std::size_t chosen = 0;   ///< i32 [tokens of a chunk, topk], of several ranks: this one's choice
   std::size_t total = 0;
 };
 
@@ -52,6 +55,9 @@ Layout lay_out(const SparseMlaMetadata& m, int num_heads) {
   l.keys = cursor.take(keys * kDim);
   l.scales = cursor.take(keys * sizeof(float));
   l.logits = cursor.take(static_cast<std::size_t>(m.indexer.most_logits) * sizeof(float));
+  if (m.dcp.world_size > 1)
+    l.chosen = cursor.take(static_cast<std::size_t>(m.indexer.most_tokens * m.topk) *
+                           sizeof(std::int32_t));
   l.total = cursor.at() + LayoutCursor::kAlignment;
   return l;
 }
@@ -63,8 +69,6 @@ const SparseMlaMetadata& checked(const Metadata& metadata, int topk) {
   check::require(
       m->topk == topk, at("metadata"), [&] { return fmt::format("{} tokens a query", topk); },
       m->topk);
-  if (m->dcp.world_size > 1)
-    throw Unsupported(std::string(kOp), {"the indexer does not merge what several ranks choose"});
   return *m;
 }
 
@@ -83,7 +87,8 @@ void check_cache(const SparseIndexerArgs& a, const SparseMlaMetadata& m) {
                  "blocks that are one piece of memory each", [&] { return describe(a.cache); });
   check::distinct_elements(where, a.cache);
   check_mla_cache_room(kOp, a.cache, m.slot_mapping, "cache");
-  check_mla_blocks(kOp, {m.block_table, m.seq_lens, m.block_size, a.cache.shape[0]});
+  check_mla_blocks(kOp,
+                   {m.block_table, m.seq_lens, m.block_size * m.dcp.world_size, a.cache.shape[0]});
 }
 
 void check_args(const SparseIndexerConfig& c, const SparseIndexerArgs& a,
@@ -116,6 +121,7 @@ void check_args(const SparseIndexerConfig& c, const SparseIndexerArgs& a,
     if (m.block_table.defined()) check::no_overlap(at(name), t, "block_table", m.block_table);
   }
   check::no_overlap(at("topk_indices"), a.topk_indices, "cache", a.cache);
+  flashmla_sparse::check_group(kOp, a.communicator, m.dcp);
   check_mla_workspace(kOp, a.workspace, workspace_bytes);
 }
 
@@ -141,8 +147,10 @@ class Call {
 
   void run() {
     prepare();
+    // By the tokens of all ranks: what a rank holds may be few where the whole is not.
     indexer_short_rows(
-        {.lengths = visible(0, m_.num_tokens), .out = a_.topk_indices.slice(0, 0, m_.num_tokens)},
+        {.lengths = {m_.buffers->visible_of_token.data(), DType::i32, {m_.num_tokens}},
+         .out = a_.topk_indices.slice(0, 0, m_.num_tokens)},
         &executor_);
     for (const IndexerStep& step : m_.indexer.steps) {
       if (!step.cu_seq_lens.empty()) gather(step);
@@ -151,11 +159,6 @@ class Call {
   }
 
  private:
-  /// How many tokens each query token sees.
-  ConstTensorView visible(std::int32_t begin, std::int32_t end) const {
-    return {m_.buffers->visible_of_token.data() + begin, DType::i32, {end - begin}};
-  }
-
   /// Codes of the queries; keys go to the cache.
   void prepare() const {
     PrepareIndexerArgs p;
@@ -198,7 +201,8 @@ class Call {
 
   void choose(const IndexerStep& step, const LogitsChunk& chunk) const {
     const std::int32_t tokens = chunk.num_tokens();
-    const ConstTensorView lengths = visible(chunk.token_begin, chunk.token_end);
+    const ConstTensorView lengths(m_.buffers->held_of_token.data() + chunk.token_begin, DType::i32,
+                                  {tokens});
     const ConstTensorView zeros(m_.buffers->zeros.data(), DType::i32, {tokens});
     const ConstTensorView weights = weights_.slice(0, chunk.token_begin, tokens);
     const TensorView logits(base_ + layout_.logits, DType::f32, {tokens, chunk.columns});
@@ -232,11 +236,19 @@ class Call {
       l.clean_logits = false;
       fp8_mqa_logits(l, &executor_);
     }
-    top_k_per_row_prefill({.logits = logits,
-                           .row_starts = zeros,
-                           .row_ends = lengths,
-                           .out = a_.topk_indices.slice(0, chunk.token_begin, tokens)},
-                          &executor_);
+    const TensorView result = a_.topk_indices.slice(0, chunk.token_begin, tokens);
+    const bool alone = m_.dcp.world_size == 1;
+    const TensorView chosen =
+        alone ? result : TensorView(base_ + layout_.chosen, DType::i32, {tokens, m_.topk});
+    top_k_per_row_prefill(
+        {.logits = logits, .row_starts = zeros, .row_ends = lengths, .out = chosen}, &executor_);
+    if (alone) return;
+    dcp_top_k({.logits = logits,
+               .row_starts = {},
+               .indices = chosen,
+               .out = result,
+               .interleave = m_.dcp.interleave},
+              *a_.communicator, &executor_);
   }
 
   const SparseIndexerConfig& c_;

@@ -2,7 +2,10 @@
 #include "backends/flashmla_sparse/indexer_steps.h"
 
 #include <algorithm>
+#include <limits>
 #include <utility>
+
+#include "dist/dcp/layout.h"
 
 namespace attend::flashmla_sparse {
 namespace {
@@ -15,7 +18,7 @@ class Cutter {
   IndexerSteps cut() {
     for (int r = 0; r < requests_.num_reqs; ++r) {
       if (num_long(r) == 0) continue;
-      const bool gathered = r >= budget_.first_prefill && requests_.seq_len(r) <= budget_.max_keys;
+      const bool gathered = r >= budget_.first_prefill && num_keys(r) <= budget_.max_keys;
       if (gathered) {
         add_to_gather(r);
         add_rows(
@@ -28,8 +31,10 @@ class Cutter {
       }
     }
     for (const IndexerStep& step : result_.steps)
-      for (const LogitsChunk& c : step.chunks)
+      for (const LogitsChunk& c : step.chunks) {
         result_.most_logits = std::max(result_.most_logits, c.logits());
+        result_.most_tokens = std::max<std::int64_t>(result_.most_tokens, c.num_tokens());
+      }
     return std::move(result_);
   }
 
@@ -38,13 +43,26 @@ class Cutter {
   std::int32_t num_long(int r) const {
     return std::min(requests_.query_len(r), std::max(0, requests_.seq_len(r) - budget_.topk));
   }
+  /// Most of the first n tokens of a request that a rank holds.
+  std::int32_t most_held(std::int32_t n) const {
+    return static_cast<std::int32_t>(dcp::local_count(n, 0, budget_.layout));
+  }
+  std::int32_t num_keys(int r) const { return most_held(requests_.seq_len(r)); }
+  /// Query tokens whose choices ranks may exchange at a time.
+  std::int64_t max_exchanged() const {
+    const std::int64_t ranks = budget_.layout.world_size;
+    return ranks == 1 ? std::numeric_limits<std::int64_t>::max()
+                      : budget_.max_logits / (2 * ranks * budget_.topk);
+  }
   std::int32_t token_end(int r) const {
     return requests_.query_start_loc[static_cast<std::size_t>(r) + 1];
   }
 
-  /// Makes the keys of a request the next rows of the last gather, or the first of a new one.
+  /// Makes the keys of a request the next rows of the last gather, or the first of a new one. A
+  /// rank that has fewer than rank 0 gathers rows that nobody reads, too; they lie in the same
+  /// blocks.
   void add_to_gather(int r) {
-    const std::int32_t keys = requests_.seq_len(r);
+    const std::int32_t keys = num_keys(r);
     const bool fits = !result_.steps.empty() && !result_.steps.back().cu_seq_lens.empty() &&
                       result_.steps.back().cu_seq_lens.back() + keys <= budget_.max_keys;
     if (!fits) {
@@ -72,18 +90,18 @@ class Cutter {
       return false;
     wider.request_end = r + 1;
     wider.token_end = token_end(r);
-    wider.columns = std::max(wider.columns, requests_.seq_len(r));
-    if (wider.logits() > budget_.max_logits) return false;
+    wider.columns = std::max(wider.columns, num_keys(r));
+    if (wider.logits() > budget_.max_logits || wider.num_tokens() > max_exchanged()) return false;
     chunks.back() = wider;
     return true;
   }
 
   /// Chunks of one request, as few as the budget allows.
   void add_rows(int r, std::int32_t first_key) {
-    const auto at_once = static_cast<std::int32_t>(
-        std::max<std::int64_t>(1, budget_.max_logits / requests_.seq_len(r)));
+    const std::int64_t at_once =
+        std::max<std::int64_t>(1, std::min(budget_.max_logits / num_keys(r), max_exchanged()));
     for (std::int32_t left = num_long(r); left > 0;) {
-      const std::int32_t take = std::min(left, at_once);
+      const auto take = static_cast<std::int32_t>(std::min<std::int64_t>(left, at_once));
       LogitsChunk c;
       c.request_begin = r;
       c.request_end = r + 1;
@@ -91,7 +109,7 @@ class Cutter {
       c.token_end = c.token_begin + take;
       c.first_key = first_key;
       left -= take;
-      c.columns = requests_.seq_len(r) - left;
+      c.columns = most_held(requests_.seq_len(r) - left);
       result_.steps.back().chunks.push_back(c);
     }
   }

@@ -7,6 +7,7 @@
 
 #include "attend/backend/backend.h"
 #include "attend/batch/split.h"
+#include "attend/dist/decode_context_parallel.h"
 #include "attend/ops/sparse_mla.h"
 #include "backends/common/kv_cache_dtype.h"
 #include "backends/flashmla_sparse/indexer_steps.h"
@@ -18,6 +19,7 @@ namespace attend::flashmla_sparse {
 /// How the cached tokens of each request are spread over ranks.
 struct ContextParallel {
   int world_size = 1, rank = 0, interleave = 1;
+  DcpLayout layout() const noexcept { return {world_size, interleave}; }
   friend bool operator==(const ContextParallel&, const ContextParallel&) = default;
 };
 

@@ -11,6 +11,7 @@ std::shared_ptr<PersistentBuffers> BufferPool::take() {
     // Zeros, as vLLM has them: a captured graph reads entries behind those of the batch.
     std::ranges::fill(buffers->request_of_token, 0);
     std::ranges::fill(buffers->visible_of_token, 0);
+    std::ranges::fill(buffers->held_of_token, 0);
     std::ranges::fill(buffers->workspace_request, -1);
     return buffers;
   }
@@ -18,6 +19,7 @@ std::shared_ptr<PersistentBuffers> BufferPool::take() {
   const auto tokens = static_cast<std::size_t>(sizes_.max_tokens);
   made->request_of_token.resize(tokens);
   made->visible_of_token.resize(tokens);
+  made->held_of_token.resize(tokens);
   made->workspace_request.resize(tokens, -1);
   made->zeros.resize(tokens);
   made->tile_scheduler_metadata.resize(static_cast<std::size_t>(sizes_.max_parts) * 8);

@@ -13,6 +13,7 @@ namespace attend::flashmla_sparse {
 struct PersistentBuffers {
   std::vector<std::int32_t> request_of_token;   ///< [max_num_batched_tokens]
   std::vector<std::int32_t> visible_of_token;   ///< likewise: tokens up to it, itself too
+  std::vector<std::int32_t> held_of_token;      ///< likewise: those that this rank holds
   std::vector<std::int32_t> workspace_request;  ///< likewise: in its step, -1 = reads the cache
   std::vector<std::int32_t> zeros;              ///< likewise
   std::vector<std::int32_t> tile_scheduler_metadata;  ///< [most parts, 8]
