@@ -20,7 +20,7 @@ constexpr const char* kFlashAttnInt8Backend = "FLASH_ATTN";
 constexpr int kWeightLevels = 127;
 
 /// A row of codes; without rounding, of values.
-struct CodedRow {
+struct Int8Row {
   std::vector<double> codes;
   double scale = 1.0;
   double value(int d) const { return codes[static_cast<std::size_t>(d)] * scale; }
@@ -107,8 +107,8 @@ class Int8BackendCase final : public Case {
     return static_cast<std::size_t>(key * shape_.kv_heads + h);
   }
 
-  CodedRow quantise(std::vector<double> row) const {
-    CodedRow coded;
+  Int8Row quantise(std::vector<double> row) const {
+    Int8Row coded;
     const float scale = oracle::int8_scale(row);
     for (double& x : row) x = oracle::int8_code(x, scale);
     coded.codes = std::move(row);
@@ -185,9 +185,9 @@ class Int8BackendCase final : public Case {
       v_[index(r, j, h)] = code_value(std::move(value), h);
     });
   }
-  CodedRow code_value(std::vector<double> row, int head) const {
+  Int8Row code_value(std::vector<double> row, int head) const {
     if (format_ == KvFormat::int8_per_token_head) return quantise(std::move(row));
-    CodedRow coded;
+    Int8Row coded;
     if (format_ == KvFormat::int8_level1)
       for (int d = 0; d < shape_.head_dim; ++d) {
         auto& x = row[static_cast<std::size_t>(d)];
@@ -199,7 +199,7 @@ class Int8BackendCase final : public Case {
   float value_scale(int head, int d) const {
     return value_scales_[static_cast<std::size_t>(head * shape_.head_dim + d)];
   }
-  double value_at(const CodedRow& row, int head, int d) const {
+  double value_at(const Int8Row& row, int head, int d) const {
     return format_ == KvFormat::int8_level1
                ? row.value(d) * static_cast<double>(value_scale(head, d))
                : row.value(d);
@@ -214,7 +214,7 @@ class Int8BackendCase final : public Case {
   /// Puts a key and its value where the cache has them, or expects them there.
   void store(int r, std::int64_t j, int h, bool expected) {
     const std::int64_t block = blocks_->block(r, j), slot = j % spec_.block_size;
-    const CodedRow &k = k_[index(r, j, h)], &v = v_[index(r, j, h)];
+    const Int8Row &k = k_[index(r, j, h)], &v = v_[index(r, j, h)];
     const auto put = [&](Storage& s, std::int64_t at, double x) {
       expected ? s.expect_value(at, x) : s.set(at, x);
     };
@@ -298,8 +298,7 @@ class Int8BackendCase final : public Case {
           p.alibi_slope = static_cast<double>(params_.alibi_slopes.as<float>()[head]);
         if (params_.sinks.defined()) p.sink = static_cast<double>(params_.sinks.as<float>()[head]);
         std::vector<double> row = read(query_, shape_.query_start_loc()[i] + t, head);
-        const CodedRow query =
-            coded_query ? quantise(std::move(row)) : CodedRow{std::move(row), 1.0};
+        const Int8Row query = coded_query ? quantise(std::move(row)) : Int8Row{std::move(row), 1.0};
         p.q = [&](int d) { return query.value(d); };
         p.k = [&](std::int64_t j, int d) { return k_[index(r, j, h)].value(d); };
         p.v = [&](std::int64_t j, int d) { return value_at(v_[index(r, j, h)], h, d); };
@@ -358,7 +357,7 @@ class Int8BackendCase final : public Case {
   Storage query_, key_, value_, output_, lse_, cache_, scale_cache_;
   KvCacheSpec spec_;
   std::vector<float> value_scales_;
-  std::vector<CodedRow> k_, v_;  ///< [keys of all requests, kv heads]
+  std::vector<Int8Row> k_, v_;  ///< [keys of all requests, kv heads]
   std::optional<RandomBlocks> blocks_;
   CommonMetadata batch_;
   oracle::Result expected_;

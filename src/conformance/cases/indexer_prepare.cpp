@@ -15,7 +15,7 @@
 namespace attend::conformance {
 namespace {
 
-constexpr std::int64_t kDim = 128;
+constexpr std::int64_t kHeadDim = 128;
 
 double as_f32(double x) { return static_cast<double>(static_cast<float>(x)); }
 
@@ -43,11 +43,11 @@ class IndexerPrepareCase final : public Case {
     Outcome outcome;
     for (std::int64_t t = 0; t < tokens_; ++t)
       for (std::int64_t h = 0; h < heads_; ++h) check_query(outcome, t, h);
-    for (std::int64_t i = 0; i < tokens_ * kDim; ++i) {
-      const std::int64_t at = k_out_.offset({i / kDim, i % kDim});
+    for (std::int64_t i = 0; i < tokens_ * kHeadDim; ++i) {
+      const std::int64_t at = k_out_.offset({i / kHeadDim, i % kHeadDim});
       const auto index = static_cast<std::size_t>(i);
       compare(outcome, k_out_.get(at), expected_.k[index], expected_.k_bound[index],
-              [&] { return fmt::format("k_out[{}, {}]", i / kDim, i % kDim); });
+              [&] { return fmt::format("k_out[{}, {}]", i / kHeadDim, i % kHeadDim); });
       k_out_.accept(at);
     }
     expect_undamaged(outcome, "q_codes", codes_);
@@ -69,15 +69,15 @@ class IndexerPrepareCase final : public Case {
     Layout layout;
     layout.padded = rng.chance(0.5);
     const std::int64_t padded = tokens_ + (rng.chance(0.3) ? rng.range(1, 4) : 0);
-    q_ = flat_ ? Storage(rng, dtype_, {padded, heads_ * kDim}, layout)
-               : Storage(rng, dtype_, {padded, heads_, kDim}, layout);
-    k_ = Storage(rng, dtype_, {padded, kDim}, layout);
+    q_ = flat_ ? Storage(rng, dtype_, {padded, heads_ * kHeadDim}, layout)
+               : Storage(rng, dtype_, {padded, heads_, kHeadDim}, layout);
+    k_ = Storage(rng, dtype_, {padded, kHeadDim}, layout);
     weights_ = Storage(rng, rng.chance(0.5) ? DType::f32 : dtype_, {padded, heads_}, layout);
     for (std::int64_t t = 0; t < tokens_; ++t) {
       for (std::int64_t h = 0; h < heads_; ++h)
-        q_.set_random(rng, flat_ ? q_.offset({t, h * kDim}) : q_.offset({t, h, 0}), kDim,
+        q_.set_random(rng, flat_ ? q_.offset({t, h * kHeadDim}) : q_.offset({t, h, 0}), kHeadDim,
                       rng.chance(0.1) ? 0.0 : std::exp2(rng.range(-8, 6)));
-      k_.set_random(rng, k_.offset({t, 0}), kDim,
+      k_.set_random(rng, k_.offset({t, 0}), kHeadDim,
                     rng.chance(0.1) ? 0.0 : std::exp2(rng.range(-8, 6)));
       weights_.set_random(rng, weights_.offset({t, 0}), heads_, 1.0);
     }
@@ -92,8 +92,8 @@ class IndexerPrepareCase final : public Case {
     positions_.reserve(1);  // data() is not null
     for (int t = 0; t < tokens_; ++t)
       positions_.push_back(rng.range(std::int64_t{0}, max_pos_ - 1));
-    norm_weight_ = Storage(rng, DType::f32, {kDim});
-    norm_bias_ = Storage(rng, DType::f32, {kDim});
+    norm_weight_ = Storage(rng, DType::f32, {kHeadDim});
+    norm_bias_ = Storage(rng, DType::f32, {kHeadDim});
     norm_weight_.set_random(rng, 1.0);
     norm_bias_.set_random(rng, 0.5);
     args_.q = q_.view();
@@ -108,9 +108,9 @@ class IndexerPrepareCase final : public Case {
     Layout layout;
     layout.padded = rng.chance(0.5);
     const std::int64_t padded = tokens_ + (rng.chance(0.3) ? rng.range(1, 4) : 0);
-    codes_ = Storage(rng, DType::fp8_e4m3, {padded, heads_, kDim}, layout);
+    codes_ = Storage(rng, DType::fp8_e4m3, {padded, heads_, kHeadDim}, layout);
     weights_out_ = Storage(rng, DType::f32, {padded, heads_}, layout);
-    k_out_ = Storage(rng, dtype_, {padded, kDim}, layout);
+    k_out_ = Storage(rng, dtype_, {padded, kHeadDim}, layout);
     for (Storage* s : {&codes_, &weights_out_, &k_out_}) s->freeze();
     args_.q_codes = codes_.view();
     args_.weights_out = weights_out_.view();
@@ -127,15 +127,15 @@ class IndexerPrepareCase final : public Case {
 
   /// Codes bit for bit where the query is certain, else by what they stand for.
   void check_query(Outcome& outcome, std::int64_t t, std::int64_t h) {
-    const auto begin = static_cast<std::size_t>((t * heads_ + h) * kDim);
-    const auto query = std::span(expected_.q).subspan(begin, kDim);
-    const auto bounds = std::span(expected_.q_bound).subspan(begin, kDim);
+    const auto begin = static_cast<std::size_t>((t * heads_ + h) * kHeadDim);
+    const auto query = std::span(expected_.q).subspan(begin, kHeadDim);
+    const auto bounds = std::span(expected_.q_bound).subspan(begin, kHeadDim);
     const bool power_of_two = args_.q_scale_fmt == IndexerScale::ue8m0;
-    std::array<std::uint8_t, kDim> codes;
+    std::array<std::uint8_t, kHeadDim> codes;
     const double scale = oracle::indexer_query(query, power_of_two, codes);
     const std::int64_t weight_at = weights_out_.offset({t, h});
     if (!args_.hadamard) {
-      for (std::int64_t d = 0; d < kDim; ++d)
+      for (std::int64_t d = 0; d < kHeadDim; ++d)
         codes_.expect_bits(codes_.offset({t, h, d}), codes[static_cast<std::size_t>(d)]);
       weights_out_.expect_f32(weight_at, static_cast<float>(weight_out(t, h, scale)));
       return;

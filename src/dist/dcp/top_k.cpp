@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <algorithm>
 #include <bit>
+#include <iterator>
 #include <limits>
 #include <vector>
 
@@ -115,6 +116,7 @@ class RowMerge {
   RowMerge(const Chosen* all, int ranks, std::int64_t rows, std::int64_t k)
       : all_(all), ranks_(ranks), rows_(rows), k_(k), picked_(static_cast<std::size_t>(k)) {
     candidates_.reserve(static_cast<std::size_t>(ranks * k));
+    merged_.reserve(candidates_.capacity());
     logits_.reserve(candidates_.capacity());
   }
   void run(std::int64_t t, std::int32_t* out) {
@@ -123,10 +125,10 @@ class RowMerge {
     for (int r = 0; r < ranks_; ++r) {
       const Chosen* row = all_ + (r * rows_ + t) * k_;
       const auto end = std::find_if(row, row + k_, [](const Chosen& c) { return c.position < 0; });
-      const auto middle = static_cast<std::ptrdiff_t>(candidates_.size());
-      candidates_.insert(candidates_.end(), row, end);
-      std::inplace_merge(candidates_.begin(), candidates_.begin() + middle, candidates_.end(),
-                         [](const Chosen& a, const Chosen& b) { return a.position < b.position; });
+      merged_.clear();
+      std::merge(candidates_.begin(), candidates_.end(), row, end, std::back_inserter(merged_),
+                 [](const Chosen& a, const Chosen& b) { return a.position < b.position; });
+      candidates_.swap(merged_);
     }
     for (const Chosen& c : candidates_) logits_.push_back(std::bit_cast<float>(c.logit_bits));
     // In order of position the lower index among equals is the lower position.
@@ -140,7 +142,7 @@ class RowMerge {
   const Chosen* all_;
   int ranks_;
   std::int64_t rows_, k_;
-  std::vector<Chosen> candidates_;
+  std::vector<Chosen> candidates_, merged_;
   std::vector<float> logits_;
   std::vector<std::int32_t> picked_;
 };
