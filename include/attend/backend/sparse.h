@@ -55,10 +55,12 @@ struct SparseBuilderConfig {
   int num_processors = 0;
   /// Decode context parallelism: position p belongs to rank (p / interleave) mod world_size. With
   /// more than one rank block tables, slots and caches are those of dcp_slot_mapping(), and layers
-  /// need ForwardArgs::communicator.
+  /// need ForwardArgs::communicator, indexers SparseIndexerArgs::communicator.
   int dcp_world_size = 1, dcp_rank = 0, dcp_interleave = 1;
   /// Budgets of the indexer's prefill, in keys that are gathered at a time (0 = that of the
-  /// workspace) and in bytes of logits. Neither changes a bit.
+  /// workspace) and in bytes of logits. Neither changes a bit. With several ranks they are those of
+  /// a rank, and the same on all; what the ranks exchange for more tokens than one keeps the
+  /// second.
   std::int64_t max_gathered_keys = 0;
   std::int64_t max_logits_bytes = std::int64_t{256} << 20;
 };

@@ -25,7 +25,8 @@ struct SparseIndexerConfig {
   std::optional<float> softmax_scale;            ///< unset = 128^-0.5
 };
 
-/// Tensors of one call. T as in ForwardArgs; rows beyond the batch's num_tokens are not read.
+/// Tensors of one call. With ranks all but cache and workspace are the same on all. T as in
+/// ForwardArgs; rows beyond the batch's num_tokens are not read.
 struct SparseIndexerArgs {
   ConstTensorView q;          ///< [T, H, 128] or [T, H * 128]: f32, f16 or bf16
   ConstTensorView k;          ///< [T, 128], dtype of q
@@ -60,10 +61,10 @@ class SparseIndexer {
   /// tokens that see no more than `topk`. What is chosen for a token depends on its request alone.
   /// `metadata` null = profiling run: -1 everywhere, nothing is read.
   ///
-  /// With several ranks it is a collective call: all ranks make it with the same tensors but for
-  /// the cache, which holds the keys of a rank's own tokens as dcp_slot_mapping() places them, and
-  /// budgets are those of a rank. Each chooses among its own keys, and dcp_top_k() makes of it what
-  /// a single rank would choose, the same bits on all ranks.
+  /// With several ranks it is a collective call. The cache of each holds the keys of its own
+  /// tokens, in the slots of dcp_slot_mapping(). Each chooses among them, and dcp_top_k() makes of
+  /// that what a single rank would choose: the same bits on all ranks. A rank whose call throws
+  /// must abort the group, or the others wait for it (run_in_process does).
   /// @throws InvalidArgument before anything but the workspace is written, or sent;
   /// CommunicatorAborted.
   void forward(const SparseIndexerArgs& args, const Metadata* metadata) const;

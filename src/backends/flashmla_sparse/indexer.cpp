@@ -7,7 +7,6 @@
 #include <utility>
 
 #include "attend/backend/sparse_indexer.h"
-#include "attend/core/error.h"
 #include "attend/dist/indexer.h"
 #include "attend/ops/indexer.h"
 #include "attend/ops/indexer_logits.h"

@@ -24,7 +24,7 @@ struct LogitsChunk {
 /// Some chunks, before which keys may be gathered.
 struct IndexerStep {
   int request_begin = 0, request_end = 0;  ///< of the gather
-  std::vector<std::int32_t> cu_seq_lens;   ///< its rows; empty = the chunks read pages
+  std::vector<std::int32_t> cu_seq_lens;   ///< its rows, those of rank 0; empty = read pages
   std::vector<LogitsChunk> chunks;
 };
 
