@@ -1,16 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 // Logits by tile products: e4m3 codes are bf16 numbers, and their products are exact in float32.
-// Rows of a tile of sums are heads, columns are keys, so that the sum over heads is one of whole
-// registers. A product of a head and a key is a chain of four tile products, whose order inside
-// depends on nothing but the dimensions' places. The sum over heads is two chains, ascending: even
-// and odd tiles of 16 heads. Included inside an ISA namespace.
+// Rows of a tile of sums are keys, columns are heads: keys are decoded in their order, and only
+// queries are transposed. A product of a head and a key is a chain of four tile products, whose
+// order inside depends on nothing but the dimensions' places. The sum over heads: with t a tile of
+// 16 heads and l the place in it, a chain over t for each l, ascending, then l + 8, l + 4, l + 2
+// and l + 1. Included inside an ISA namespace.
 
-inline constexpr int kBlockHeads = 2 * kTileDim;
 inline constexpr int kSteps = kIndexerDim / (2 * kTileDim);
-static_assert(kIndexerPanel == 2 * kTileDim);
-/// Bytes of a panel: 64 pairs of dimensions of 32 keys.
-inline constexpr std::int64_t kPanelBytes = std::int64_t{kIndexerPanel} * kIndexerDim * 2;
-inline constexpr std::int64_t kPairRowBytes = kIndexerPanel * sizeof(std::uint32_t);
+static_assert(kSteps == 4 && kIndexerPanel % kTileDim == 0);
+inline constexpr std::int64_t kKeyBytes = kIndexerDim * sizeof(bf16);
+/// Bytes of 16 packed keys, and of 16 packed heads.
+inline constexpr std::int64_t kPackedTile = kTileDim * kKeyBytes;
 
 /// What packing of attention does beside; here nothing.
 struct NothingBeside {
@@ -18,170 +18,200 @@ struct NothingBeside {
   ATTEND_INLINE void beside_pack() {}
 };
 
+/// Keys as bf16. Of 64 dimensions the even ones come first, then the odd ones.
 void pack_keys(const IndexerPack& p) noexcept {
+  constexpr int kAhead = 32;
   const CodeTable<fp8_e4m3> table;
-  NothingBeside beside;
-  for (int j = 0; j < p.count; j += kIndexerPanel) {
-    auto* panel = reinterpret_cast<float*>(static_cast<char*>(p.packed) + j * kPanelBytes / 32);
-    const auto* rows = reinterpret_cast<const fp8_e4m3* const*>(p.rows + j);
+  const __m512i even = _mm512_set1_epi16(0xff);
+  auto* to = static_cast<char*>(p.packed);
+  const int count = (p.count + kTileDim - 1) / kTileDim * kTileDim;
+  for (int j = 0; j < count; ++j) {
     // The order in which rows are read is not one that the processor foresees.
-    for (int i = j + kIndexerPanel; i < p.count && i < j + 2 * kIndexerPanel; ++i) {
-      __builtin_prefetch(p.rows[i], 0, 3);
-      __builtin_prefetch(p.rows[i] + 64, 0, 3);
+    if (j + kAhead < count) {
+      __builtin_prefetch(p.rows[j + kAhead], 0, 3);
+      __builtin_prefetch(p.rows[j + kAhead] + 64, 0, 3);
     }
-    table.template pack_pairs<kIndexerPanel>(rows, kIndexerDim, panel, beside);
-    table.template pack_pairs<kIndexerPanel>(rows + kTileDim, kIndexerDim, panel + kTileDim,
-                                             beside);
+#pragma GCC unroll 2
+    for (int d = 0; d < kIndexerDim; d += 64, to += 128) {
+      __m512i l, h;
+      table.look_up(_mm512_loadu_si512(p.rows[j] + d), &l, &h);
+      // (h << 8) | (l & 0xff), and (h & 0xff00) | (l >> 8)
+      _mm512_store_si512(to, _mm512_ternarylogic_epi32(_mm512_slli_epi16(h, 8), l, even, 0xf8));
+      _mm512_store_si512(to + 64,
+                         _mm512_ternarylogic_epi32(_mm512_srli_epi16(l, 8), even, h, 0xf2));
+    }
   }
 }
 
-/// The heads as bf16, filled up with zeros, dimensions in the order of packed pairs: 0, 2, 1, 3.
+inline constexpr std::uint8_t kNoHead[kIndexerDim] = {};
+
+/// Tiles of 16 heads as pairs of bf16, the last one filled up with zeros. Of 64 dimensions the
+/// pairs of even and of odd ones take turns: every second row is a step of packed keys.
 ATTEND_INLINE void stage_queries(const IndexerRow& row) {
   const CodeTable<fp8_e4m3> table;
-  auto* to = static_cast<bf16*>(row.scratch);
-  for (int h = 0; h < row.heads; ++h, to += kIndexerDim) {
-    table.decode(reinterpret_cast<const fp8_e4m3*>(row.q + h * row.q_head), kIndexerDim, to);
-    for (int d = 0; d < kIndexerDim; d += 32) {
-      const __m512i x = _mm512_loadu_si512(to + d);
-      _mm512_storeu_si512(to + d, _mm512_shufflehi_epi16(_mm512_shufflelo_epi16(x, 0xd8), 0xd8));
-    }
+  NothingBeside beside;
+  auto* to = static_cast<char*>(row.scratch);
+  for (int h = 0; h < row.heads; h += kTileDim, to += kPackedTile) {
+    const fp8_e4m3* heads[kTileDim];
+    for (int i = 0; i < kTileDim; ++i)
+      heads[i] = reinterpret_cast<const fp8_e4m3*>(h + i < row.heads ? row.q + (h + i) * row.q_head
+                                                                     : kNoHead);
+    table.template pack_pairs<kTileDim>(heads, kIndexerDim, reinterpret_cast<float*>(to), beside);
   }
-  const auto missing = IndexerKernel::padded_heads(row.heads) - row.heads;
-  std::memset(static_cast<void*>(to), 0,
-              static_cast<std::size_t>(missing) * kIndexerDim * sizeof(bf16));
 }
 
-/// Products of up to 32 heads with the 32 keys of a panel, tile after tile: [head tile][key tile].
-struct alignas(64) Products {
-  float tile[4][kTileFloats];
-};
+/// Of 16 keys: for each the sums of the heads at the 16 places of a tile.
+struct HeadSums {
+  __m512 of[kTileDim];
 
-/// Sums over heads: [head tile][key tile].
-struct alignas(64) Sums {
-  float of[4][kTileDim];
-};
-
-/// Products that are to be added up.
-struct Finished {
-  const Products* products = nullptr;  // null = none
-  const float* weights = nullptr;      // of the first head
-  int tiles = 0;
-};
-
-/// sums += weight * max(product, 0) of a quarter of a block: 8 heads.
-ATTEND_INLINE void add_quarter(const Finished& f, int quarter, Sums& sums) {
-  const int t = quarter / 2, begin = quarter % 2 * (kTileDim / 2);
-  if (t >= f.tiles) return;
-  __m512 low = _mm512_load_ps(sums.of[2 * t]), high = _mm512_load_ps(sums.of[2 * t + 1]);
-  const float* weights = f.weights + t * kTileDim + begin;
-  const float* first = f.products->tile[2 * t] + begin * kTileDim;
-  const float* second = f.products->tile[2 * t + 1] + begin * kTileDim;
-#pragma GCC unroll 8
-  for (int r = 0; r < kTileDim / 2; ++r) {
-    const __m512 w = _mm512_set1_ps(weights[r]);
-    // The maximum takes its second operand if that is NaN.
-    const __m512 x = _mm512_max_ps(_mm512_setzero_ps(), _mm512_load_ps(first + r * kTileDim));
-    const __m512 y = _mm512_max_ps(_mm512_setzero_ps(), _mm512_load_ps(second + r * kTileDim));
-    low = _mm512_fmadd_ps(w, x, low);
-    high = _mm512_fmadd_ps(w, y, high);
+  ATTEND_INLINE void clear() {
+#pragma GCC unroll 16
+    for (int i = 0; i < kTileDim; ++i) of[i] = _mm512_setzero_ps();
   }
-  _mm512_store_ps(sums.of[2 * t], low);
-  _mm512_store_ps(sums.of[2 * t + 1], high);
-}
-
-/// Multiplies a block and, between its steps, adds up the one before: the tiles and the vector
-/// units work at the same time only if their instructions are close together.
-template <bool kTwoTiles>
-ATTEND_INLINE void multiply(const bf16* q, const char* panel, Products& products, const char* fetch,
-                            const Finished& before, Sums& sums) {
-  constexpr int kFetchLines = 16;
-  constexpr std::int64_t kRow = kIndexerDim * sizeof(bf16);
-  clear_tile<0>();
-  clear_tile<1>();
-  if constexpr (kTwoTiles) {
-    clear_tile<2>();
-    clear_tile<3>();
-  }
+  /// += weights * max(product, 0) of a quarter of the keys.
+  template <int kQuarter>
+  ATTEND_INLINE void add(const float* products, __m512 weights) {
+    constexpr int kKeys = kTileDim / kSteps;
 #pragma GCC unroll 4
-  for (int s = 0; s < kSteps; ++s, q += 2 * kTileDim, panel += kTileDim * kPairRowBytes) {
-    load_tile<6>(panel, kPairRowBytes);
-    load_tile<4>(q, kRow);
-    multiply_bf16<0, 4, 6>();
-    load_tile<7>(panel + kTileRowBytes, kPairRowBytes);
-    multiply_bf16<1, 4, 7>();
-    if constexpr (kTwoTiles) {
-      load_tile<5>(q + kTileDim * kIndexerDim, kRow);
-      multiply_bf16<2, 5, 6>();
-      multiply_bf16<3, 5, 7>();
+    for (int i = kQuarter * kKeys; i < (kQuarter + 1) * kKeys; ++i) {
+      const __m512 c = _mm512_load_ps(products + i * kTileDim);
+      // The maximum takes its second operand if that is NaN.
+      of[i] = _mm512_fmadd_ps(weights, _mm512_max_ps(_mm512_setzero_ps(), c), of[i]);
     }
-    for (int i = 0; i < kFetchLines; ++i)
-      __builtin_prefetch(fetch + 64 * (s * kFetchLines + i), 0, 3);
-    if (before.products != nullptr) add_quarter(before, s, sums);
   }
-  store_tile<0>(products.tile[0], kTileRowBytes);
-  store_tile<1>(products.tile[1], kTileRowBytes);
-  if constexpr (kTwoTiles) {
-    store_tile<2>(products.tile[2], kTileRowBytes);
-    store_tile<3>(products.tile[3], kTileRowBytes);
+  /// The sums over the places: key i in lane i.
+  ATTEND_INLINE __m512 total() const {
+    __m512 a[8], b[4], c[2];
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) {
+      const __m512 x = of[i % 4 + i / 4 * 8], y = of[i % 4 + i / 4 * 8 + 4];
+      a[i] = _mm512_add_ps(_mm512_shuffle_f32x4(x, y, 0x44), _mm512_shuffle_f32x4(x, y, 0xee));
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i)
+      b[i] = _mm512_add_ps(_mm512_shuffle_f32x4(a[i], a[i + 4], 0x88),
+                           _mm512_shuffle_f32x4(a[i], a[i + 4], 0xdd));
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i)
+      c[i] = _mm512_add_ps(_mm512_unpacklo_ps(b[i], b[i + 2]), _mm512_unpackhi_ps(b[i], b[i + 2]));
+    return _mm512_add_ps(_mm512_unpacklo_ps(c[0], c[1]), _mm512_unpackhi_ps(c[0], c[1]));
   }
+};
+
+/// Stores the logits of keys [first, first + 16) as far as they are wanted, a NaN as store_logits.
+ATTEND_INLINE void store_tile_logits(const IndexerRow& row, int first, __m512 sums) {
+  const int skip = row.begin > first ? row.begin - first : 0;
+  const int left = row.end - first;
+  const auto wanted =
+      static_cast<__mmask16>((left >= kTileDim ? 0xffffU : (1U << left) - 1U) & (0xffffU << skip));
+  const __m512 logits = _mm512_mul_ps(sums, _mm512_maskz_loadu_ps(wanted, row.scales + first));
+  const __mmask16 nan = _mm512_cmp_ps_mask(logits, logits, _CMP_UNORD_Q);
+  const __m512 quiet = _mm512_set1_ps(std::numeric_limits<float>::quiet_NaN());
+  _mm512_mask_storeu_ps(row.logits + first, wanted, _mm512_mask_mov_ps(logits, nan, quiet));
 }
 
-/// All panels of a row, block by block of heads.
+/// What two tiles of heads give with 16 keys. Not in RowPass: what a tile is stored next to, the
+/// compiler does not keep in registers.
+struct alignas(64) Products {
+  float tile[2][kTileFloats] = {};
+};
+
+/// All keys of a row by the tile. What a tile of heads multiplied with 16 keys gives is stored
+/// while the next one is multiplied, and added up beside the one after that: the tiles and the
+/// vector units work at the same time only if their instructions are close together.
 class RowPass {
  public:
-  ATTEND_INLINE RowPass(const IndexerRow& row, const float* weights)
-      : row_(row), weights_(weights), blocks_((row.heads + kBlockHeads - 1) / kBlockHeads) {}
+  ATTEND_INLINE RowPass(const IndexerRow& row, const float* weights, Products& products)
+      : row_(row),
+        queries_(static_cast<const char*>(row.scratch)),
+        keys_(static_cast<const char*>(row.packed) + row.begin / kTileDim * kPackedTile),
+        weights_(weights),
+        products_(products),
+        head_tiles_((row.heads + kTileDim - 1) / kTileDim),
+        added_key_(row.begin / kTileDim * kTileDim) {}
 
   ATTEND_INLINE void run() {
     if (row_.begin >= row_.end) return;
-    int parity = 0;
-    for (int j = row_.begin / kIndexerPanel; j * kIndexerPanel < row_.end; ++j) {
-      for (int b = 0; b < blocks_; ++b, parity ^= 1) {
-        multiply_block(j, b, products_[parity]);
-        close_block();
-        panel_ = j;
-        block_ = b;
-        before_ = {&products_[parity], weights_ + b * kBlockHeads, tiles_of(b)};
-      }
+    const int key_tiles = (row_.end + kTileDim - 1) / kTileDim - row_.begin / kTileDim;
+    HeadSums sums;
+    sums.clear();
+    std::int64_t left = std::int64_t{key_tiles} * head_tiles_;
+    for (; left > 1; left -= 2) {
+      step<0, true>(sums);
+      step<1, true>(sums);
     }
-    for (int quarter = 0; quarter < kSteps; ++quarter) add_quarter(before_, quarter, sums_);
-    close_block();
+    if (left == 1) {
+      step<0, true>(sums);
+      step<1, false>(sums);
+      step<0, false>(sums);
+    } else {
+      step<0, false>(sums);
+      step<1, false>(sums);
+    }
   }
 
  private:
-  ATTEND_INLINE int tiles_of(int block) const {
-    return row_.heads - block * kBlockHeads > kTileDim ? 2 : 1;
+  /// Multiplies a tile of heads into tile 6 + kSum, stores the one before, adds the one before it.
+  template <int kSum, bool kMultiply>
+  ATTEND_INLINE void step(HeadSums& sums) {
+    const float* products = products_.tile[kSum];
+    const __m512 weights = _mm512_load_ps(weights_ + (added_ < 0 ? 0 : added_) * kTileDim);
+    if (added_ == 0) sums.clear();
+    if constexpr (kMultiply) {
+      if (multiplied_ == 0) load_keys();
+      clear_tile<6 + kSum>();
+      multiply<kSum, 0>();
+    }
+    sums.add<0>(products, weights);
+    if constexpr (kMultiply) multiply<kSum, 1>();
+    store_tile<7 - kSum>(products_.tile[1 - kSum], kTileRowBytes);
+    sums.add<1>(products, weights);
+    if constexpr (kMultiply) multiply<kSum, 2>();
+    sums.add<2>(products, weights);
+    if constexpr (kMultiply) {
+      multiply<kSum, 3>();
+      if (++multiplied_ == head_tiles_) multiplied_ = 0;
+    }
+    sums.add<3>(products, weights);
+    if (++added_ != head_tiles_) return;
+    store_tile_logits(row_, added_key_, sums.total());
+    added_ = 0;
+    added_key_ += kTileDim;
   }
-  ATTEND_INLINE void multiply_block(int panel, int block, Products& products) {
-    const bf16* q = static_cast<const bf16*>(row_.scratch) + block * kBlockHeads * kIndexerDim;
-    const char* packed = static_cast<const char*>(row_.packed) + panel * kPanelBytes;
-    const char* fetch = packed + kPanelBytes + block % 2 * (kPanelBytes / 2);
-    tiles_of(block) == 2 ? multiply<true>(q, packed, products, fetch, before_, sums_)
-                         : multiply<false>(q, packed, products, fetch, before_, sums_);
+  template <int kSum, int kStep>
+  ATTEND_INLINE void multiply() {
+    constexpr int kHeads = 4 + kStep % 2, kFetchLines = 4;
+    load_tile<kHeads>(queries_ + multiplied_ * kPackedTile + kStep / 2 * (kPackedTile / 2) +
+                          kStep % 2 * kTileRowBytes,
+                      2 * kTileRowBytes);
+    multiply_bf16<6 + kSum, kStep, kHeads>();
+    for (int i = 0; i < kFetchLines; ++i, fetch_ += 64) __builtin_prefetch(fetch_, 0, 3);
   }
-  /// The block before is added up: stores the logits if it was a panel's last one.
-  ATTEND_INLINE void close_block() {
-    if (block_ + 1 != blocks_) return;
-    for (int t = 0; t < 2; ++t)
-      _mm512_store_ps(sums_.of[t],
-                      _mm512_add_ps(_mm512_load_ps(sums_.of[t]), _mm512_load_ps(sums_.of[2 + t])));
-    store_logits(row_, panel_ * kIndexerPanel, kIndexerPanel, sums_.of[0]);
-    sums_ = Sums{};
+  ATTEND_INLINE void load_keys() {
+    load_tile<0>(keys_, kKeyBytes);
+    load_tile<1>(keys_ + kTileRowBytes, kKeyBytes);
+    load_tile<2>(keys_ + 2 * kTileRowBytes, kKeyBytes);
+    load_tile<3>(keys_ + 3 * kTileRowBytes, kKeyBytes);
+    keys_ += kPackedTile;
+    fetch_ = keys_;
   }
 
   const IndexerRow& row_;
+  const char* queries_;
+  const char* keys_;  // that come next
   const float* weights_;
-  int blocks_;
-  int panel_ = 0, block_ = -2;  // the block before; none yet
-  Finished before_;
-  Products products_[2];
-  Sums sums_{};
+  Products& products_;
+  int head_tiles_;
+  int multiplied_ = 0, added_ = -2;  // tiles of heads
+  int added_key_;
+  const char* fetch_ = nullptr;
 };
 
 void row_logits(const IndexerRow& row) noexcept {
   stage_queries(row);
   const float* weights = stage_weights(row, kIndexerDim * sizeof(bf16));
   shape_tiles(kTileDim);
-  RowPass(row, weights).run();
+  Products products;
+  RowPass(row, weights, products).run();
   release_tiles();
 }
