@@ -159,8 +159,8 @@ std::optional<T> parse_choice(std::string_view name, const std::string& text,
   return value;
 }
 
-/// The ceilings of this machine now, over as much memory as the run's cache used in a layer. A short
-/// run says little about speed, so they need not take longer than it.
+/// The ceilings of this machine now, over as much memory as the run's cache used in a layer. A
+/// short run says little about speed, so they need not take longer than it.
 bench::Ceilings measure_ceilings(const serving::ReplayResult& result, Executor& executor) {
   constexpr std::int64_t least = 64LL << 20, most = 1LL << 30;
   const double seconds_each = std::clamp(result.step_seconds() / 5, 0.02, 0.3);
