@@ -87,10 +87,15 @@ CaseResult measure(std::vector<Timed> all, Executor& executor, double seconds) {
   CaseResult result;
   result.lost_fraction = time_all(all, executor, seconds);
   Timed& whole = all.front();
+  const double whole_seconds = whole.speed().seconds;
   double parts_seconds = 0.0;
   for (std::size_t i = 1; i < all.size(); ++i) {
-    result.parts.push_back({std::string(all[i].part.name), all[i].speed()});
-    parts_seconds += result.parts.back().speed.seconds;
+    const Part& part = all[i].part;
+    const Speed speed = all[i].speed();
+    const double times = speed.seconds / whole_seconds;
+    result.parts.push_back({std::string(part.name), speed, std::string(part.ratio.name),
+                            part.ratio.of_whole ? 1.0 / times : times});
+    parts_seconds += speed.seconds;
   }
   if (whole.part.bound == Bound::parts) whole.ceiling = whole.part.flops / parts_seconds * 1e-9;
   result.runs = static_cast<int>(whole.times.size());
@@ -126,9 +131,9 @@ std::unique_ptr<Executor> own_pool(const Case& c, const Executor& shared) {
 
 std::vector<Case> all_cases() {
   std::vector<Case> cases;
-  for (const auto& some :
-       {prefill_cases, decode_cases, cascade_cases, int8_cases, cache_cases, indexer_cases,
-        mla_cases, mla_context_cases, mla_projection_cases, sparse_cases, sparse_backend_cases})
+  for (const auto& some : {prefill_cases, decode_cases, differential_cases, cascade_cases,
+                           int8_cases, cache_cases, indexer_cases, mla_cases, mla_context_cases,
+                           mla_projection_cases, sparse_cases, sparse_backend_cases})
     for (Case& c : some()) cases.push_back(std::move(c));
   return cases;
 }

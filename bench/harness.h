@@ -27,12 +27,19 @@ enum class Bound : std::uint8_t {
 };
 std::string_view to_string(Bound bound) noexcept;
 
-/// Some of the work of a problem, timed by itself.
+/// What the time of a part is compared with that of the whole for, under a name of its own.
+struct Ratio {
+  std::string_view name = {};  ///< in the JSON; "" = nothing
+  bool of_whole = false;       ///< whole / part: how much longer it takes; else part / whole
+};
+
+/// Some of the work of a problem, or another way to do it, timed by itself.
 struct Part {
   std::string_view name;
   Bound bound;
   double flops, bytes;  ///< as those of a problem
   std::function<void()> run;
+  Ratio ratio = {};
 };
 
 /// Expected microseconds of all workers together.
@@ -74,6 +81,7 @@ std::unique_ptr<Executor> own_pool(const Case& c, const Executor& shared);
 std::vector<Case> all_cases();
 std::vector<Case> prefill_cases();
 std::vector<Case> decode_cases();
+std::vector<Case> differential_cases();
 std::vector<Case> cascade_cases();
 std::vector<Case> indexer_cases();
 std::vector<Case> int8_cases();
@@ -99,6 +107,8 @@ struct Speed {
 struct PartResult {
   std::string name;
   Speed speed;
+  std::string ratio_name;  ///< "" = none
+  double ratio = 0.0;
 };
 
 struct CaseResult {

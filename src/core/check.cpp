@@ -110,7 +110,7 @@ void contiguous(Where where, const ConstTensorView& t) {
 
 void distinct_elements(Where where, const ConstTensorView& t) {
   if (t.numel() == 0) return;
-  // Insertion sort by stride: at most six entries.
+  // Insertion sort by stride: few entries.
   std::array<int, kMaxRank> order{};
   int count = 0;
   for (int i = 0; i < t.rank; ++i) {

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "core/check.h"
+#include "ops/attention_lengths.h"
 #include "ops/attention_problem.h"
 #include "plan/unit_layout.h"
 
@@ -147,33 +148,6 @@ void check_plan_lengths(const FlashAttnVarlenArgs& a, const AttentionPlan& plan)
   ops::check_planned_lengths(kOp, "seq_lens", a.seq_lens, plan.seq_lens);
 }
 
-/// cu_seqlens_kv against the plan's lengths and the rows there are.
-void check_ragged(const FlashAttnVarlenArgs& a, const AttentionPlan& plan) {
-  const check::Where where{kOp, "cu_seqlens_kv"};
-  std::span<const std::int32_t> starts(plan.key_start_loc);
-  if (a.cu_seqlens_kv.defined()) {
-    starts = check::i32_array(where, a.cu_seqlens_kv, plan.num_reqs() + 1);
-    for (std::size_t r = 0; r + 1 < starts.size(); ++r) {
-      check::require(
-          starts[r + 1] - starts[r] == plan.seq_lens[r], where,
-          [&] { return fmt::format("{} keys for request {}, as planned", plan.seq_lens[r], r); },
-          starts[r + 1] - starts[r]);
-    }
-    check::require(starts.empty() || starts[0] == 0, where, "0 at index 0", starts[0]);
-  }
-  check::require(
-      starts.back() <= a.k.shape[0], where,
-      [&] { return fmt::format("at most {} keys in all, the rows of k", a.k.shape[0]); },
-      starts.back());
-}
-
-/// Strides of a cache [blocks, tokens, Hkv, ..], or of ragged rows [S, Hkv, ..].
-cpu::KvStrides kv_strides(const ConstTensorView& t, bool paged) {
-  if (!t.defined()) return {};
-  return paged ? cpu::KvStrides{t.strides[0], t.strides[1], t.strides[2]}
-               : cpu::KvStrides{0, t.strides[0], t.strides[1]};
-}
-
 cpu::AttentionProblem make_problem(const FlashAttnVarlenArgs& a, const AttentionPlan& plan) {
   cpu::AttentionProblem p = ops::base_problem(a.params, plan, a.q.dtype);
   p.k_dtype = p.v_dtype = a.k.dtype;
@@ -195,52 +169,26 @@ cpu::AttentionProblem make_problem(const FlashAttnVarlenArgs& a, const Attention
     p.kv_start =
         a.cu_seqlens_kv.defined() ? a.cu_seqlens_kv.as<std::int32_t>() : plan.key_start_loc.data();
   }
-  p.k_strides = kv_strides(a.k, is_paged(a));
-  p.v_strides = kv_strides(a.v, is_paged(a));
+  p.k_strides = ops::kv_strides(a.k, is_paged(a));
+  p.v_strides = ops::kv_strides(a.v, is_paged(a));
   p.k_scale = a.k_token_scale.as<float>();
   p.v_scale = a.v_token_scale.as<float>();
-  p.k_scale_strides = kv_strides(a.k_token_scale, is_paged(a));
-  p.v_scale_strides = kv_strides(a.v_token_scale, is_paged(a));
+  p.k_scale_strides = ops::kv_strides(a.k_token_scale, is_paged(a));
+  p.v_scale_strides = ops::kv_strides(a.v_token_scale, is_paged(a));
   return p;
 }
 
 AttentionPlan make_plan(const FlashAttnVarlenArgs& a, int num_workers,
                         const KernelOptions& kernels) {
-  const bool both = a.cu_seqlens_kv.defined() && a.seq_lens.defined();
-  check::require(!both && (a.cu_seqlens_kv.defined() || a.seq_lens.defined()),
-                 {kOp, "cu_seqlens_kv"}, "exactly one of cu_seqlens_kv and seq_lens",
-                 both ? "both" : "neither");
-  check::require(a.seq_lens.defined() == is_paged(a), {kOp, "block_table"},
-                 "seq_lens and block_table together (paged) or neither (ragged)",
-                 is_paged(a) ? "block_table without seq_lens" : "seq_lens without block_table");
   AttentionPlanInput in;
-  in.op = kOp.data();
-  in.query_start_loc = check::i32_array({kOp, "query_start_loc"}, a.query_start_loc, -1);
-  const auto num_reqs = static_cast<std::int64_t>(in.query_start_loc.size()) - 1;
   std::vector<std::int32_t> lengths;
-  if (a.seq_lens.defined()) {
-    in.seq_lens = check::i32_array({kOp, "seq_lens"}, a.seq_lens, num_reqs);
-  } else {
-    const auto starts = check::i32_array({kOp, "cu_seqlens_kv"}, a.cu_seqlens_kv, num_reqs + 1);
-    for (std::size_t r = 0; r + 1 < starts.size(); ++r) {
-      check::require(
-          starts[r + 1] >= starts[r] && starts[0] == 0, {kOp, "cu_seqlens_kv"},
-          "0 at index 0 and no decrease",
-          [&] { return fmt::format("{} then {} at index {}", starts[r], starts[r + 1], r + 1); });
-      lengths.push_back(starts[r + 1] - starts[r]);
-    }
-    in.seq_lens = lengths;
-  }
+  ops::plan_lengths(kOp, {a.query_start_loc, a.cu_seqlens_kv, a.seq_lens, a.block_table}, in,
+                    lengths);
   in.num_q_heads = static_cast<int>(a.q.shape[1]);
   in.num_kv_heads = static_cast<int>(a.k.shape[a.k.rank - 2]);
   in.head_dim_qk = static_cast<int>(a.q.shape[2]);
   in.head_dim_v = static_cast<int>(a.v.shape[a.v.rank - 1]);
-  in.causal = a.params.causal;
-  in.window_left = a.params.window_left;
-  in.window_right = a.params.window_right;
-  in.num_workers = num_workers;
-  in.isa = kernels.isa;
-  in.arithmetic = kernels.arithmetic;
+  ops::plan_options(a.params, num_workers, kernels, in);
   return plan_attention(in);
 }
 
@@ -263,7 +211,7 @@ void check_planned(const FlashAttnVarlenArgs& a, const AttentionPlan& plan, Work
   } else {
     check::require(plan.shared_prefixes.empty(), {kOp, "shared_prefixes"},
                    "a plan without them (ragged keys are not shared)", plan.shared_prefixes.size());
-    check_ragged(a, plan);
+    ops::check_ragged(kOp, a.cu_seqlens_kv, a.k.shape[0], plan);
   }
   check_carry(a, plan);
   check_side_inputs(a);

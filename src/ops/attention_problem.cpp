@@ -260,6 +260,7 @@ void check_planned_shape(std::string_view op, const AttentionPlan& plan,
   same("q", plan.head_dim_qk, shape.q.shape[2]);
   same("k", plan.num_kv_heads, shape.num_kv_heads);
   same("v", plan.head_dim_v, shape.head_dim_v);
+  same("branches", plan.branches, shape.branches);
   same("window_left", plan.window_left, shape.params.window_left);
   const bool all_causal = std::ranges::all_of(plan.request_causal, [](auto c) { return c != 0; });
   if (!all_causal) same("window_right", plan.window_right, shape.params.window_right);
@@ -356,12 +357,15 @@ void place_rows(cpu::AttentionProblem& p, const ConstTensorView& q, const Tensor
 
 void run_plan(const cpu::AttentionProblem& problem, const AttentionPlan& plan, Workspace workspace,
               Executor& executor) {
-  const IsaLevel isa =
-      kernel_level(plan, kernel_kind(problem.q_dtype, problem.k_dtype, problem.v_dtype));
+  const KernelKind kind = kernel_kind(problem.q_dtype, problem.k_dtype, problem.v_dtype);
+  IsaLevel isa = kernel_level(plan, kind);
+  // Fast kernels do not know of two maps.
+  if (problem.maps == 2) isa = arithmetic_level(Arithmetic::exact, isa, kind, {});
   const cpu::RunUnitFn run_unit = cpu::run_unit_of(isa, problem);
   const auto address = (reinterpret_cast<std::uintptr_t>(workspace.data) + 63) / 64 * 64;
   float* base = reinterpret_cast<float*>(address);
-  const auto layout = plan::scratch_layout(plan.max_unit_rows, plan.head_dim_qk, plan.head_dim_v);
+  const auto layout =
+      plan::scratch_layout(plan.max_unit_rows, plan.head_dim_qk, plan.head_dim_v, plan.branches);
   float* scratch = base + plan::partial_floats(plan);
   const auto worker_workspace = [&](int worker) {
     return cpu::KernelWorkspace{base, scratch + worker * layout.total, layout,

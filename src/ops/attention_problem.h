@@ -64,6 +64,7 @@ struct PlannedShape {
   ConstTensorView q;  ///< [T, Hq, D]
   std::int64_t num_kv_heads, head_dim_v;
   const AttentionParams& params;
+  int branches = 1;
 };
 
 /// Checks that a plan was made for this shape and mask.

@@ -13,8 +13,9 @@ namespace attend::cache_rows {
 
 /// A tensor of rows and the cache that they go to, of as many heads.
 struct Target {
-  ConstTensorView rows;  ///< [T', H, D]
-  TensorView cache;      ///< [num_blocks, block_size, H, D]
+  ConstTensorView rows;        ///< [T', H, D]
+  TensorView cache;            ///< [num_blocks, block_size, H, D]
+  ConstTensorView scale = {};  ///< fp8 caches: f32 with 1 element or [H], any stride
 };
 
 /// Where a row goes.
@@ -36,6 +37,11 @@ void require_cache(std::string_view op, std::string_view name, const TensorView&
 /// Rows [T', H, D] of one of `dtypes` with last stride 1. @throws InvalidArgument.
 void require_rows(std::string_view op, std::string_view name, const ConstTensorView& rows,
                   std::initializer_list<DType> dtypes);
+
+/// Scales of an fp8 cache: each f32, contiguous, of 1 element or `heads`, finite and above 0.
+/// @throws InvalidArgument that names k_scale or v_scale.
+void require_scales(std::string_view op, const ConstTensorView& k_scale,
+                    const ConstTensorView& v_scale, std::int64_t heads);
 
 /// Calls write(place) for every row that has a slot, in order.
 template <typename Write>
@@ -76,5 +82,10 @@ void run(std::size_t targets, std::int64_t heads, bool small, Executor* executor
 
 /// Copies the rows bit for bit. @pre rows and cache of a target agree in dtype and D.
 void copy(std::span<const Target> targets, std::span<const std::int64_t> slots, Executor* executor);
+
+/// Copies the rows or, into fp8 caches, encodes row / scale. @pre at least one target; all agree in
+/// the dtypes of rows and caches and in H; fp8 caches have scales.
+void write(std::span<const Target> targets, std::span<const std::int64_t> slots,
+           Executor* executor);
 
 }  // namespace attend::cache_rows

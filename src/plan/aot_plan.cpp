@@ -73,6 +73,7 @@ void check_same_shape(const AttentionPlanInput& in, const AttentionPlan& p) {
   same("num_kv_heads", p.num_kv_heads, in.num_kv_heads);
   same("head_dim_qk", p.head_dim_qk, in.head_dim_qk);
   same("head_dim_v", p.head_dim_v, in.head_dim_v);
+  same("branches", p.branches, in.branches);
   same("window_left", p.window_left, in.window_left);
   same("window_right", p.window_right, in.window_right);
   same("num_workers", p.num_workers, in.num_workers);

@@ -20,6 +20,19 @@ void check_head_dim(check::Where where, int d, int largest) {
       [&] { return fmt::format("a multiple of 8 in [8, {}]", largest); }, d);
 }
 
+/// Differential attention: query heads in pairs, values twice as wide as keys.
+void check_branches(const AttentionPlanInput& in) {
+  check::require(in.branches == 1 || in.branches == 2, {in.op, "branches"}, "1 or 2", in.branches);
+  if (in.branches == 1) return;
+  check::require(
+      in.num_q_heads / in.num_kv_heads % 2 == 0, {in.op, "num_q_heads"},
+      [&] { return fmt::format("an even multiple of num_kv_heads = {}", in.num_kv_heads); },
+      in.num_q_heads);
+  check::require(
+      in.head_dim_v == 2 * in.head_dim_qk, {in.op, "head_dim_v"},
+      [&] { return fmt::format("{}, twice head_dim_qk", 2 * in.head_dim_qk); }, in.head_dim_v);
+}
+
 }  // namespace
 
 void check_lengths(const AttentionPlanInput& in) {
@@ -58,6 +71,7 @@ void check_shape(const AttentionPlanInput& in) {
       in.num_q_heads);
   check_head_dim(at("head_dim_qk"), in.head_dim_qk, kMaxHeadDimQk);
   check_head_dim(at("head_dim_v"), in.head_dim_v, kMaxHeadDimV);
+  check_branches(in);
   check::require(in.window_left >= -1, at("window_left"), ">= -1", in.window_left);
   check::require(in.window_right >= -1, at("window_right"), ">= -1", in.window_right);
   check::require(in.num_workers >= 1, at("num_workers"), ">= 1", in.num_workers);

@@ -221,6 +221,7 @@ void set_shape(AttentionPlan& p, const AttentionPlanInput& in) {
   p.num_kv_heads = in.num_kv_heads;
   p.head_dim_qk = in.head_dim_qk;
   p.head_dim_v = in.head_dim_v;
+  p.branches = in.branches;
   p.window_left = in.window_left;
   p.window_right = in.window_right;
   p.num_workers = in.num_workers;

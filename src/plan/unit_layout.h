@@ -33,10 +33,13 @@ struct ScratchLayout {
 /// `rows` holds 14 float-sized arrays of padded_rows each.
 inline constexpr int kRowArrays = 14;
 
-constexpr ScratchLayout scratch_layout(int max_unit_rows, int head_dim_qk, int head_dim_v) {
+/// `branches`: AttentionPlan::branches, whose keys and values are packed and pointed at apart.
+constexpr ScratchLayout scratch_layout(int max_unit_rows, int head_dim_qk, int head_dim_v,
+                                       int branches = 1) {
   ScratchLayout l{};
-  l.padded_rows = static_cast<int>(round_up(max_unit_rows + kMaxTileRows, kBlockRows));
-  l.padded_dv = static_cast<int>(round_up(head_dim_v, kPanelCols));
+  // The rows of each map fill whole tiles.
+  l.padded_rows = static_cast<int>(round_up(max_unit_rows + branches * kMaxTileRows, kBlockRows));
+  l.padded_dv = static_cast<int>(branches * round_up(head_dim_v / branches, kPanelCols));
   std::int64_t at = 0;
   auto take = [&at](std::int64_t floats) {
     const std::int64_t here = at;
@@ -50,16 +53,16 @@ constexpr ScratchLayout scratch_layout(int max_unit_rows, int head_dim_qk, int h
              8);
   l.s = take(std::int64_t{kBlockRows} * kScoreStride);
   l.acc = take(std::int64_t{l.padded_rows} * l.padded_dv);
-  l.k_panels = take(kPieceSize * std::max<std::int64_t>(head_dim_qk, step_dims / 2));
+  l.k_panels = take(branches * kPieceSize * std::max<std::int64_t>(head_dim_qk, step_dims / 2));
   l.v_panels = take(std::int64_t{kPieceSize} * l.padded_dv);
   // Decoded keys and values of a piece, 2 bytes each; touched for caches of codes only.
-  l.staged = take(kPieceSize * (step_dims + head_dim_v) / 2);
+  l.staged = take(kPieceSize * (branches * step_dims + head_dim_v) / 2);
   // Scales of a piece's keys and values; rounded weights, a byte each.
   l.scales = take(std::int64_t{2} * kPieceSize);
   l.weights = take(std::int64_t{kBlockRows} * kPieceSize / 4);
   l.rows = take(std::int64_t{kRowArrays} * l.padded_rows);
   // Row pointers of K and V, 8 bytes each: current and next piece in memory, current piece decoded.
-  l.total = round_up(at + std::int64_t{6} * kPieceSize * 2, 1024);
+  l.total = round_up(at + std::int64_t{6} * branches * kPieceSize * 2, 1024);
   return l;
 }
 
@@ -79,7 +82,8 @@ constexpr std::int64_t partial_floats(const AttentionPlan& p) {
 
 /// Bytes of an op's workspace: partials, one scratch a worker, and slack to align the start.
 constexpr std::size_t workspace_bytes(const AttentionPlan& p) {
-  const ScratchLayout scratch = scratch_layout(p.max_unit_rows, p.head_dim_qk, p.head_dim_v);
+  const ScratchLayout scratch =
+      scratch_layout(p.max_unit_rows, p.head_dim_qk, p.head_dim_v, p.branches);
   const std::int64_t floats = partial_floats(p) + scratch.total * p.num_workers;
   return static_cast<std::size_t>(floats) * sizeof(float) + 64;
 }

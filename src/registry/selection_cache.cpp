@@ -9,9 +9,9 @@ namespace attend {
 
 std::size_t AttentionConfigHash::operator()(const AttentionConfig& c) const noexcept {
   std::uint64_t flags = 0;
-  for (const bool flag :
-       {c.use_mla, c.has_sink, c.use_sparse, c.use_mm_prefix, c.use_per_head_quant_scales,
-        c.use_non_causal, c.use_alibi_sqrt, c.batch_invariant, c.use_kv_connector}) {
+  for (const bool flag : {c.use_mla, c.has_sink, c.use_sparse, c.use_differential, c.use_mm_prefix,
+                          c.use_per_head_quant_scales, c.use_non_causal, c.use_alibi_sqrt,
+                          c.batch_invariant, c.use_kv_connector}) {
     flags = flags << 1 | static_cast<std::uint64_t>(flag);
   }
   std::uint64_t hash = flags;

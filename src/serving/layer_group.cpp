@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "serving/differential_layer.h"
 #include "serving/mla_layer.h"
 
 namespace attend::serving {
@@ -38,6 +39,7 @@ BuilderConfig builder_config(const LayerGroupConfig& c, const LayerKind& kind) {
       sparse.max_num_batched_tokens = c.max_num_batched_tokens;
     }
   }
+  if (c.model.differential) b.differential.emplace();
   return b;
 }
 
@@ -57,6 +59,7 @@ ImplConfig impl_config(const LayerGroupConfig& c, const LayerKind& kind, int lay
   i.dtype = c.dtype;
   if (kind.type == AttentionType::encoder) return i;  // has no cache
   i.kv_cache_dtype = c.kv_cache_dtype;
+  i.shares_kv_cache = kind.shares_cache;
   if (c.value_scales != nullptr) {
     const ConstTensorView scales = c.value_scales->layer(layer);
     i.value_scales.assign(scales.as<float>(), scales.as<float>() + scales.numel());
@@ -65,6 +68,7 @@ ImplConfig impl_config(const LayerGroupConfig& c, const LayerKind& kind, int lay
     Executor& executor = c.executor != nullptr ? *c.executor : default_executor();
     i.mla.emplace().weights = make_mla_weights(m, layer, *c.generator, executor);
   }
+  if (m.differential) i.differential = make_differential_layer(m, layer, *c.generator);
   return i;
 }
 
@@ -90,7 +94,10 @@ std::vector<LayerGroup> make_layer_groups(const LayerGroupConfig& config) {
                                                                : 0;
     for (int layer = 0; layer < config.num_layers; ++layer) {
       LayerKind kind{type};
-      if (type == config.model.attn_type) kind.window = config.model.window_of(layer);
+      if (type == config.model.attn_type) {
+        kind.window = config.model.window_of(layer);
+        kind.shares_cache = config.model.shares_cache(layer);
+      }
       auto group = std::find_if(groups.begin(), groups.end(),
                                 [&](const LayerGroup& g) { return g.kind == kind; });
       if (group == groups.end()) {

@@ -37,12 +37,12 @@ struct LayerGroupConfig {
   int num_speculative_tokens = 0;
   CascadeMode cascade = CascadeMode::automatic;
   Arithmetic arithmetic = Arithmetic::automatic;
+  const ValueGenerator* generator = nullptr;  ///< of weights: MLA and differential, needed there
   // MLA only, and needed there.
-  const ValueGenerator* generator = nullptr;  ///< of the weights
-  Executor* executor = nullptr;               ///< null = default_executor()
-  std::int64_t max_model_len = 0;             ///< as MlaBuilderConfig::max_model_len
-  int max_num_seqs = 0;                       ///< as MlaBuilderConfig::max_num_seqs
-  int max_num_batched_tokens = 0;             ///< as SparseBuilderConfig's, of sparse models only
+  Executor* executor = nullptr;    ///< null = default_executor()
+  std::int64_t max_model_len = 0;  ///< as MlaBuilderConfig::max_model_len
+  int max_num_seqs = 0;            ///< as MlaBuilderConfig::max_num_seqs
+  int max_num_batched_tokens = 0;  ///< as SparseBuilderConfig's, of sparse models only
 };
 
 /// Groups in the order in which a step runs them: encoder, self attention, cross attention.

@@ -3,6 +3,7 @@
 
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <array>
 #include <bit>
 #include <cmath>
@@ -124,6 +125,29 @@ constexpr std::array kPresets = {
                 .scale = 0.1352337789F,  // as DeepSeek-V3
                 .mla = kDeepSeekDims,
                 .indexer = IndexerPreset{.num_heads = 64, .topk = 2048}},
+    ModelPreset{.name = "phi-4-mini-flash",
+                .description =
+                    "Phi-4-mini-flash: differential attention in every other layer, a window of "
+                    "512 keys in the first half, one cache for all layers of the second",
+                .num_q_heads = 40,
+                .num_kv_heads = 20,
+                .head_dim = 64,
+                .num_layers = 16,
+                .sliding_window = 512,
+                .window_period = 16,
+                .windowed_layers_of_one = 8,
+                .differential = DifferentialPreset{.pairing = HeadPairing::interleaved,
+                                                   .norm_weight = true,
+                                                   .layers_per_attention = 2},
+                .caching_layers = 9},
+    ModelPreset{.name = "diffllama",
+                .description = "DiffLlama: differential attention, the heads of a pair in "
+                               "different halves, norm without weight",
+                .num_q_heads = 32,
+                .num_kv_heads = 32,
+                .head_dim = 64,
+                .num_layers = 16,
+                .differential = DifferentialPreset{.pairing = HeadPairing::halves}},
 };
 
 }  // namespace
@@ -160,6 +184,22 @@ ModelPreset with_index_topk(ModelPreset model, int topk) {
   if (!model.indexer) fail(fmt::format("unset: {} has no indexer", model.name));
   if (topk < 1 || topk > (1 << 20)) fail("from 1 to 1048576");
   model.indexer->topk = topk;
+  return model;
+}
+
+ModelPreset with_layers(ModelPreset model, int num_layers) {
+  if (!model.shares_caches()) return model;
+  if (num_layers < 1 || num_layers > model.num_layers) {
+    throw InvalidArgument(
+        "replay", "layers",
+        fmt::format("from 1 to {}, the layers of {} with attention", model.num_layers, model.name),
+        std::to_string(num_layers));
+  }
+  const int caching = model.num_self_caches(num_layers);
+  if (model.differential) model.differential->skipped_layers += model.caching_layers - caching;
+  model.caching_layers = caching;
+  model.window_period = model.num_layers = num_layers;
+  model.windowed_layers_of_one = std::min(model.windowed_layers_of_one, caching - 1);
   return model;
 }
 

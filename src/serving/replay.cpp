@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <chrono>
 #include <memory>
+#include <span>
 #include <thread>
 
 #include "attend/backend/selector.h"
@@ -30,10 +31,29 @@ struct StepInput {
   const RequestBatch* batch = nullptr;
   std::vector<StepToken> tokens;
   StepMetadata metadata;
+  // Of models whose layers share a cache.
+  std::vector<StepToken> sharing_tokens;
+  StepMetadata sharing_metadata;
   // Of models with cross attention; the encoder's is empty in steps without a new request.
   RequestBatch encoder_batch;
   std::vector<StepToken> encoder_tokens;
   StepMetadata encoder_metadata, cross_metadata;
+
+  const StepMetadata& metadata_of(const LayerKind& kind) const {
+    if (kind.type == AttentionType::encoder) return encoder_metadata;
+    if (kind.type == AttentionType::encoder_decoder) return cross_metadata;
+    return kind.shares_cache ? sharing_metadata : metadata;
+  }
+  std::span<const StepToken> queries_of(const LayerKind& kind) const {
+    if (kind.type == AttentionType::encoder) return encoder_tokens;
+    return kind.shares_cache ? sharing_tokens : tokens;
+  }
+  /// Tokens whose keys and values the step brings.
+  std::span<const StepToken> keys_of(const LayerKind& kind) const {
+    if (kind.shares_cache) return {};
+    const bool self = kind.type != AttentionType::encoder_decoder;
+    return self ? queries_of(kind) : encoder_tokens;
+  }
 };
 
 class Engine {
@@ -50,14 +70,15 @@ class Engine {
   bool admit_arrivals();
   void run_step();
   double run_layer(const LayerGroup& group, std::size_t index, const StepInput& input);
-  void sample_rows(const LayerGroup& group, int layer, const std::vector<StepToken>& tokens);
+  void sample_rows(const LayerGroup& group, int layer, std::span<const StepToken> tokens);
   void report_progress() const;
+  int num_self_caches() const { return model_.num_self_caches(config_.num_layers); }
   KvCacheSpec cache_spec() const;
   KvCacheSpec encoder_cache_spec() const;
 
   const Trace& trace_;
   const ReplayConfig& config_;
-  const ModelPreset& model_;
+  const ModelPreset model_;  // as the run's layers see it
   Executor& executor_;
   DType dtype_;
   const Backend& backend_;
@@ -89,6 +110,7 @@ AttentionConfig attention_config(const ReplayConfig& config, DType dtype, Attent
   a.attn_type = type;
   a.use_mla = config.model->mla.has_value();
   a.use_sparse = config.model->indexer.has_value();
+  a.use_differential = config.model->differential.has_value();
   a.has_sink = config.model->sinks;
   a.use_alibi_sqrt = config.model->alibi_sqrt;
   return a;
@@ -133,7 +155,7 @@ void check_config(const ReplayConfig& config) {
 Engine::Engine(const Trace& trace, const ReplayConfig& config)
     : trace_(trace),
       config_((check_config(config), config)),
-      model_(*config.model),
+      model_(with_layers(*config.model, config.num_layers)),
       executor_(config.executor != nullptr ? *config.executor : default_executor()),
       dtype_(config.dtype.value_or(model_.dtype)),
       backend_(choose_backend(config, dtype_)),
@@ -145,8 +167,11 @@ Engine::Engine(const Trace& trace, const ReplayConfig& config)
   result_.backend = backend_.name();
   result_.dtype = dtype_;
   result_.kernel_kind = kernel_kind(dtype_, storage_.dtype, storage_.format);
-  result_.isa = arithmetic_level(config.arithmetic, kernel_choice().level(result_.kernel_kind),
-                                 result_.kernel_kind, "replay");
+  // Differential attention has exact kernels only.
+  const bool exact = model_.differential && config.arithmetic == Arithmetic::automatic;
+  result_.isa =
+      arithmetic_level(exact ? Arithmetic::exact : config.arithmetic,
+                       kernel_choice().level(result_.kernel_kind), result_.kernel_kind, "replay");
   result_.requests = static_cast<std::int64_t>(trace.requests.size());
   std::int64_t max_model_len = 1;
   for (const Request& r : trace.requests) {
@@ -185,7 +210,7 @@ Engine::Engine(const Trace& trace, const ReplayConfig& config)
   scheduler_.emplace(s, pool_ ? &*pool_ : nullptr, encoder_pool_ ? &*encoder_pool_ : nullptr);
   for (const Request& r : trace.requests) scheduler_->require_fits(r);
   if (pool_) {
-    memory_ = KvMemory(backend_, cache_spec(), config.num_layers, result_.kv_layout, executor_);
+    memory_ = KvMemory(backend_, cache_spec(), num_self_caches(), result_.kv_layout, executor_);
   }
   if (model_.indexer) {
     const IndexerMemory m{result_.num_blocks, result_.block_size, config.num_layers, max_model_len};
@@ -236,7 +261,7 @@ void Engine::choose_blocks() {
   result_.num_blocks =
       choose_number("num-blocks", config_.num_blocks,
                     default_num_blocks(trace_, result_.block_size,
-                                       result_.block_bytes + index_bytes, config_.num_layers));
+                                       result_.block_bytes + index_bytes, num_self_caches()));
   pool_.emplace(result_.num_blocks);
   if (!model_.has_cross_attention()) return;
   const std::int64_t each = ceil_div(model_.encoder_tokens, result_.block_size);
@@ -252,12 +277,12 @@ void Engine::choose_blocks() {
 std::int64_t Engine::choose_number(std::string_view option, std::optional<std::int64_t> asked,
                                    std::int64_t fallback) const {
   if (!asked) return fallback;
-  const std::int64_t most = available_memory_bytes() / (result_.block_bytes * config_.num_layers);
+  const std::int64_t most = available_memory_bytes() / (result_.block_bytes * num_self_caches());
   if (*asked > most) {
     throw InvalidArgument(
         "replay", option,
         fmt::format("at most {}, which fit the available memory ({} layers of {} bytes a block)",
-                    most, config_.num_layers, result_.block_bytes),
+                    most, num_self_caches(), result_.block_bytes),
         std::to_string(*asked));
   }
   return *asked;
@@ -299,6 +324,7 @@ StepInput Engine::make_input(const RequestBatch& batch) {
   input.batch = &batch;
   input.metadata = make_step_metadata(batch, result_.block_size);
   if (config_.fault_injection) config_.fault_injection(input.metadata.common);
+  if (model_.shares_caches()) input.sharing_metadata = make_sharing_metadata(input.metadata);
   if (!model_.has_cross_attention()) return input;
   input.encoder_batch = make_encoder_batch(batch, model_.encoder_tokens);
   input.encoder_metadata = make_step_metadata(input.encoder_batch, 0);
@@ -316,9 +342,7 @@ void Engine::build_metadata(const StepInput& input) {
     const bool cross = group.kind.type == AttentionType::encoder_decoder;
     group.metadata.reset();
     if (encoder && input.encoder_batch.requests.empty()) continue;
-    const StepMetadata& m = encoder ? input.encoder_metadata
-                            : cross ? input.cross_metadata
-                                    : input.metadata;
+    const StepMetadata& m = input.metadata_of(group.kind);
     group.metadata = group.builder->build(cross ? 0 : m.common_prefix_len, m.common);
     workspace_bytes = std::max(workspace_bytes, group.metadata->workspace_bytes());
     const CascadeDecision* cascade = group.metadata->cascade_decision();
@@ -340,6 +364,8 @@ void Engine::run_step() {
 
   input.tokens = make_step_tokens(batch);
   if (model_.mla) mark_mla_decodes(input.metadata.common, decode_threshold_, input.tokens);
+  if (model_.shares_caches())
+    input.sharing_tokens = make_sharing_tokens(input.metadata.common, input.tokens);
   input.encoder_tokens = make_encoder_tokens(input.encoder_batch);
   const std::int64_t kv_token_bytes = pool_ ? result_.block_bytes / result_.block_size : 0;
   for (const LayerGroup& group : groups_) {
@@ -364,12 +390,12 @@ double Engine::run_layer(const LayerGroup& group, std::size_t index, const StepI
   const int layer = group.layers[index];
   const bool encoder = group.kind.type == AttentionType::encoder;
   const bool cross = group.kind.type == AttentionType::encoder_decoder;
-  const auto& queries = encoder ? input.encoder_tokens : input.tokens;
-  const auto& keys = encoder || cross ? input.encoder_tokens : input.tokens;
+  const std::span<const StepToken> queries = input.queries_of(group.kind);
+  const std::span<const StepToken> keys = input.keys_of(group.kind);
   tensors_.fill(queries, keys, layer, generator_, executor_);
   ForwardArgs args;
   args.query = tensors_.query();
-  if (!keys.empty()) {  // cross attention: later steps find them in the cache
+  if (!keys.empty()) {  // else they are in the cache
     args.key = tensors_.key();
     args.value = tensors_.value();
     args.kv_c = tensors_.kv_c();
@@ -377,7 +403,7 @@ double Engine::run_layer(const LayerGroup& group, std::size_t index, const StepI
   }
   if (!encoder) {
     const KvMemory& memory = cross ? encoder_memory_ : memory_;
-    const int cache = cross ? layer - config_.num_layers : layer;
+    const int cache = cross ? layer - config_.num_layers : model_.cache_of(layer);
     args.kv_cache = memory.layer(cache);
     args.kv_scale_cache = memory.scales(cache);
   }
@@ -397,13 +423,16 @@ double Engine::run_layer(const LayerGroup& group, std::size_t index, const StepI
   return seconds;
 }
 
-void Engine::sample_rows(const LayerGroup& group, int layer, const std::vector<StepToken>& tokens) {
-  const int heads = model_.num_q_heads;
+void Engine::sample_rows(const LayerGroup& group, int layer, std::span<const StepToken> tokens) {
+  const int rows = model_.num_rows();
   const bool cross = group.kind.type == AttentionType::encoder_decoder;
   sampler_.pass(
-      static_cast<std::int64_t>(tokens.size()) * heads, [&](std::int64_t item, std::int64_t slot) {
-        const auto token = static_cast<int>(item / heads);
-        const auto head = static_cast<int>(item % heads);
+      static_cast<std::int64_t>(tokens.size()) * rows, [&](std::int64_t item, std::int64_t slot) {
+        const auto token = static_cast<int>(item / rows);
+        const auto row = static_cast<int>(item % rows);
+        const auto lse = [&](int branch) {
+          return tensors_.lse_value(token, model_.head_of(row, branch, model_.num_q_heads));
+        };
         const StepToken& t = tokens[static_cast<std::size_t>(token)];
         if (slot == static_cast<std::int64_t>(sampled_.size())) sampled_.emplace_back();
         sampled_[static_cast<std::size_t>(slot)] = {
@@ -414,11 +443,12 @@ void Engine::sample_rows(const LayerGroup& group, int layer, const std::vector<S
             .first_rejected = t.first_rejected,
             .mla_decode = t.mla_decode,
             .layer = layer,
-            .head = head,
+            .head = row,
             .type = group.kind.type,
             .chosen = indexers_ ? indexers_->chosen_row(token) : std::vector<std::int32_t>(),
-            .out = tensors_.output_row(token, head),
-            .lse = tensors_.lse_value(token, head)};
+            .out = tensors_.output_row(token, row),
+            .lse = model_.differential ? lse(0) : tensors_.lse_value(token, row),
+            .second_lse = model_.differential ? lse(1) : 0.0F};
       });
 }
 

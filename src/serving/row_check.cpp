@@ -9,9 +9,10 @@
 #include <limits>
 
 #include "attend/oracle/attention.h"
-#include "attend/oracle/quantize.h"
+#include "serving/differential_row_check.h"
 #include "serving/index_check.h"
 #include "serving/mla_row_check.h"
+#include "serving/row_problem.h"
 
 namespace attend::serving {
 namespace {
@@ -24,142 +25,22 @@ bool has_encoder_keys(const SampledRow& row) {
   return row.type == AttentionType::encoder || row.type == AttentionType::encoder_decoder;
 }
 
-/// Of one (token, head).
-using Values = std::vector<double>;
-
-/// The numbers that a row's codes stand for, with a scale of its own.
-void quantise(Values& row) {
-  const float scale = oracle::int8_scale(row);
-  for (double& x : row) x = oracle::int8_code(x, scale) * static_cast<double>(scale);
-}
-
-void quantise_by(const float* scales, Values& row) {
-  for (std::size_t d = 0; d < row.size(); ++d) {
-    row[d] = oracle::int8_code(row[d], scales[d]) * static_cast<double>(scales[d]);
-  }
-}
-
-/// What attention sees of a generated row of one (layer, head).
-class Encoding {
- public:
-  Encoding(const KvStorage& storage, int layer, int kv_head)
-      : storage_(storage), layer_(layer), kv_head_(kv_head) {}
-
-  void apply(ValueKind kind, Values& row) const {
-    switch (kind) {
-      case ValueKind::query:
-        if (is_int8_level(storage_.format)) quantise(row);
-        return;
-      case ValueKind::key:
-        storage_.format == KvFormat::plain ? round(row) : quantise(row);
-        return;
-      case ValueKind::value:
-        encode_value(row);
-        return;
-      case ValueKind::weight:
-      case ValueKind::index_query:
-      case ValueKind::index_key:
-      case ValueKind::index_weight:
-        return;  // no cache of attention holds any
-    }
-  }
-
- private:
-  /// Generated values fit every type but fp8.
-  void round(Values& row) const {
-    if (!is_fp8(storage_.dtype)) return;
-    for (double& x : row) {
-      x = oracle::fp8_value(storage_.dtype, oracle::fp8_code(storage_.dtype, x, 1.0F));
-    }
-  }
-  void encode_value(Values& row) const {
-    switch (storage_.format) {
-      case KvFormat::plain:
-      case KvFormat::fp8_ds_mla:  // has no values apart from keys
-        round(row);
-        return;
-      case KvFormat::int8_level1:
-        quantise_by(storage_.value_scales->layer(layer_).select(0, kv_head_).as<float>(), row);
-        return;
-      case KvFormat::int8_level2:
-        return;  // 16 bits, as generated
-      case KvFormat::int8_per_token_head:
-        quantise(row);
-    }
-  }
-
-  const KvStorage& storage_;
-  int layer_, kv_head_;
-};
-
-/// One head's rows of a kind as attention sees them, regenerated one position at a time.
-class RegeneratedRows {
- public:
-  RegeneratedRows(const SampledRow& row, ValueKind kind, int head, int head_dim,
-                  const ValueGenerator& generator, const Encoding& encoding)
-      : row_(row),
-        kind_(kind),
-        head_(head),
-        generator_(generator),
-        encoding_(encoding),
-        generated_(static_cast<std::size_t>(head_dim)) {}
-
-  double operator()(std::int64_t j, int d) {
-    if (j != position_) {
-      position_ = j;
-      const std::uint64_t content =
-          kind_ == ValueKind::query ? query_content(row_) : key_content(row_, j);
-      generator_.fill_f32({content, j, row_.layer, head_, kind_},
-                          static_cast<int>(generated_.size()), generated_.data());
-      values_.assign(generated_.begin(), generated_.end());
-      encoding_.apply(kind_, values_);
-    }
-    return values_[static_cast<std::size_t>(d)];
-  }
-
- private:
-  const SampledRow& row_;
-  ValueKind kind_;
-  int head_;
-  const ValueGenerator& generator_;
-  const Encoding& encoding_;
-  std::int64_t position_ = -1;
-  std::vector<float> generated_;
-  Values values_;
-};
-
 ExpectedRow recompute(const SampledRow& row, const ModelPreset& model,
                       const ValueGenerator& generator, const KvStorage& storage) {
   const int kv_head = row.head / (model.num_q_heads / model.num_kv_heads);
   // An encoder has no cache through which its keys would go.
   const KvStorage stored =
       row.type == AttentionType::encoder ? KvStorage{generator.dtype()} : storage;
-  const Encoding encoding(stored, row.layer, kv_head);
-  const auto rows = [&](ValueKind kind, int head) {
-    return RegeneratedRows(row, kind, head, model.head_dim, generator, encoding);
+  const auto rows = [&](ValueKind kind, LayerHead place) {
+    return RegeneratedRows(row, kind, place, model.head_dim, generator, stored);
   };
-  RegeneratedRows query = rows(ValueKind::query, row.head);
-  RegeneratedRows keys = rows(ValueKind::key, kv_head);
-  RegeneratedRows values = rows(ValueKind::value, kv_head);
+  const LayerHead kv{model.cache_of(row.layer), kv_head};
+  RegeneratedRows query = rows(ValueKind::query, {row.layer, row.head});
+  RegeneratedRows keys = rows(ValueKind::key, kv);
+  RegeneratedRows values = rows(ValueKind::value, kv);
 
-  oracle::RowProblem p;
-  p.head_dim_qk = p.head_dim_v = model.head_dim;
-  p.position = row.position;
-  p.num_keys = row.num_keys;
+  oracle::RowProblem p = make_row_problem(row, model, row.head);
   p.split_weights = oracle::splits_weights(stored.dtype);
-  p.scale = model.scale ? static_cast<double>(*model.scale) : 1.0 / std::sqrt(model.head_dim);
-  p.causal = row.type == AttentionType::decoder;
-  const auto window = row.type == model.attn_type ? model.window_of(row.layer) : std::nullopt;
-  if (window) {
-    p.window_left = *window - 1;
-    p.window_right = p.causal ? 0 : *window - 1;
-  }
-  p.softcap = model.softcap;
-  if (model.alibi) {
-    p.alibi_slope = alibi_slopes(model.num_q_heads)[static_cast<std::size_t>(row.head)];
-    p.alibi_sqrt = model.alibi_sqrt;
-  }
-  if (model.sinks) p.sink = sink_logits(model.num_q_heads)[static_cast<std::size_t>(row.head)];
   if (stored.format == KvFormat::int8_level1) p.weight_levels = kWeightLevels;
   p.q = [&](int d) { return query(row.position, d); };
   p.k = [&](std::int64_t j, int d) { return keys(j, d); };
@@ -194,8 +75,10 @@ RowOutcome compare(const SampledRow& row, const ModelPreset& model, const ValueG
       return {kInfinity, kInfinity, std::move(wrong)};
     }
   }
-  const ExpectedRow want = model.mla ? recompute_mla(row, model, generator, storage)
-                                     : recompute(row, model, generator, storage);
+  const auto again = model.differential ? recompute_differential
+                     : model.mla        ? recompute_mla
+                                        : recompute;
+  const ExpectedRow want = again(row, model, generator, storage);
   RowOutcome outcome;
   const auto note = [&](double got, double reference, double bound, std::string_view what) {
     const double ratio = ratio_to_bound(got, reference, bound);
@@ -211,6 +94,7 @@ RowOutcome compare(const SampledRow& row, const ModelPreset& model, const ValueG
     note(got, want.out[d], want.out_bound[d], fmt::format("out[{}]", d));
   }
   note(row.lse, want.lse, want.lse_bound, "lse");
+  note(row.second_lse, want.second_lse, want.second_lse_bound, "lse of the second map");
   return outcome;
 }
 
@@ -274,9 +158,10 @@ CheckSummary check_rows(const std::vector<SampledRow>& rows, const ModelPreset& 
     summary.worst_ratio_to_bound = std::max(summary.worst_ratio_to_bound, outcomes[i].worst_ratio);
     if (outcomes[i].worst_ratio <= 1.0) continue;
     ++summary.failed;
-    summary.failures.push_back(fmt::format("request {} position {} layer {} head {} (step {}): {}",
+    summary.failures.push_back(fmt::format("request {} position {} layer {} {} {} (step {}): {}",
                                            rows[i].request->id, rows[i].position, rows[i].layer,
-                                           rows[i].head, rows[i].step, outcomes[i].where));
+                                           model.differential ? "pair" : "head", rows[i].head,
+                                           rows[i].step, outcomes[i].where));
   }
   return summary;
 }

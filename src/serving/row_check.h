@@ -40,7 +40,7 @@ class ReservoirSampler {
   std::int64_t next_ = 0;  // index of the next chosen item
 };
 
-/// One (token, head) row as the kernel computed it.
+/// One (token, head) row as the kernel computed it; of differential attention one (token, pair).
 struct SampledRow {
   const Request* request = nullptr;
   std::int64_t step = 0;
@@ -50,11 +50,13 @@ struct SampledRow {
   std::int64_t first_rejected = 0;
   bool mla_decode = false;  ///< as StepToken::mla_decode
   int layer = 0;
-  int head = 0;
+  int head = 0;  ///< or pair
   AttentionType type = AttentionType::decoder;
   std::vector<std::int32_t> chosen;  ///< sparse attention: as the indexer gave them
-  std::vector<float> out;            ///< [output_dim() of the model]
+  std::vector<float> out;            ///< [row_dim() of the model]
   float lse = 0.0F;
+  float second_lse =
+      0.0F;  ///< differential attention: of a pair's second map; `lse` is the first's
 };
 
 /// Whose values the query and the key at a position of a row are, as content_id() counts.
@@ -63,8 +65,9 @@ std::uint64_t key_content(const SampledRow& row, std::int64_t position);
 
 /// What a row should be, and how far it may be from that.
 struct ExpectedRow {
-  std::vector<double> out, out_bound;  ///< [output_dim() of the model]
+  std::vector<double> out, out_bound;  ///< [row_dim() of the model]
   double lse = 0.0, lse_bound = 0.0;
+  double second_lse = 0.0, second_lse_bound = 0.0;
 };
 
 struct CheckSummary {

@@ -4,6 +4,8 @@
 #include <algorithm>
 #include <cstring>
 
+#include "attend/batch/fast_prefill.h"
+#include "attend/batch/slot_mapping.h"
 #include "attend/batch/split.h"
 #include "attend/core/float_types.h"
 #include "attend/ops/indexer_cache.h"
@@ -85,10 +87,6 @@ StepMetadata make_step_metadata(const RequestBatch& batch, int block_size) {
     max_blocks = std::max(max_blocks, r.blocks.size());
     for (std::int64_t p = r.num_computed_tokens; p < seq_len; ++p) {
       m.positions.push_back(p);
-      if (encoder) continue;
-      const auto block =
-          static_cast<std::int64_t>(r.blocks[static_cast<std::size_t>(p / block_size)]);
-      m.slot_mapping.push_back(block * block_size + p % block_size);
     }
   }
   if (encoder) return step;
@@ -101,6 +99,7 @@ StepMetadata make_step_metadata(const RequestBatch& batch, int block_size) {
   }
   m.block_table = ConstTensorView(step.block_table.data(), DType::i32,
                                   {m.num_reqs, static_cast<std::int64_t>(max_blocks)});
+  m.slot_mapping = make_slot_mapping(m, block_size);
   return step;
 }
 
@@ -137,6 +136,12 @@ StepMetadata make_cross_metadata(const StepMetadata& decoder, const RequestBatch
   return step;
 }
 
+StepMetadata make_sharing_metadata(const StepMetadata& step) {
+  return {.common = make_kv_sharing_fast_prefill_metadata(step.common),
+          .block_table = {},
+          .common_prefix_len = step.common_prefix_len};
+}
+
 std::vector<StepToken> make_step_tokens(const RequestBatch& batch) {
   std::vector<StepToken> tokens;
   tokens.reserve(static_cast<std::size_t>(batch.num_tokens));
@@ -163,6 +168,14 @@ void mark_mla_decodes(const CommonMetadata& batch, int decode_threshold,
       batch, {.decode_threshold = decode_threshold, .fresh_prompts_are_prefills = true});
   for (std::size_t t = 0; t < tokens.size(); ++t)
     tokens[t].mla_decode = t < static_cast<std::size_t>(split.num_decode_tokens);
+}
+
+std::vector<StepToken> make_sharing_tokens(const CommonMetadata& step,
+                                           const std::vector<StepToken>& tokens) {
+  std::vector<StepToken> kept;
+  for (const std::int32_t t : step.logits_indices)
+    kept.push_back(tokens[static_cast<std::size_t>(t)]);
+  return kept;
 }
 
 std::vector<StepToken> make_encoder_tokens(const RequestBatch& encoder_batch) {
@@ -256,9 +269,12 @@ TensorView StepTensors::lse() const {
   return TensorView(lse_.data(), DType::f32, {num_queries_, model_.num_q_heads});
 }
 
-std::vector<float> StepTensors::output_row(int token, int head) const {
-  const TensorView row = output().select(0, token).select(0, head);
-  std::vector<float> values(static_cast<std::size_t>(model_.output_dim()));
+std::vector<float> StepTensors::output_row(int token, int row_index) const {
+  const TensorView row =
+      TensorView(output_.data(), dtype_, {num_queries_, model_.num_rows(), model_.row_dim()})
+          .select(0, token)
+          .select(0, row_index);
+  std::vector<float> values(static_cast<std::size_t>(model_.row_dim()));
   for (std::size_t d = 0; d < values.size(); ++d) {
     switch (dtype_) {
       case DType::f32:
@@ -293,11 +309,14 @@ StepWork measure_work(const RequestBatch& batch, const ModelPreset& model,
       work.decode_bytes += static_cast<double>(keys) * static_cast<double>(kv_token_bytes);
       continue;
     }
+    const std::int64_t first =
+        layer.shares_cache ? seq_len - 1 - r.num_draft_tokens : r.num_computed_tokens;
+    const int value_dim = model.differential ? 2 * model.head_dim : model.output_dim();
     const double pairs =
         layer.type == AttentionType::decoder
-            ? causal_pairs(r.num_computed_tokens, seq_len - 1, layer.window)
+            ? causal_pairs(first, seq_len - 1, layer.window)
             : static_cast<double>(r.num_scheduled_tokens) * static_cast<double>(all_keys);
-    work.prefill_flops += pairs * model.num_q_heads * 2 * (model.query_dim() + model.output_dim());
+    work.prefill_flops += pairs * model.num_q_heads * 2 * (model.query_dim() + value_dim);
     if (model.mla) {
       const MlaDims& n = *model.mla;
       work.prefill_flops += static_cast<double>(seq_len) * model.num_q_heads * 2 * n.kv_lora_rank *

@@ -32,6 +32,10 @@ RequestBatch make_encoder_batch(const RequestBatch& batch, int encoder_tokens);
 StepMetadata make_cross_metadata(const StepMetadata& decoder, const RequestBatch& batch,
                                  int encoder_tokens, int block_size);
 
+/// The step for layers without a cache of their own, which compute only tokens whose logits are
+/// wanted. Points to the block table of `step`.
+StepMetadata make_sharing_metadata(const StepMetadata& step);
+
 /// One query token of a step.
 struct StepToken {
   const Request* request = nullptr;
@@ -47,6 +51,9 @@ std::vector<StepToken> make_step_tokens(const RequestBatch& batch);
 /// its first requests that have computed tokens and no more than `decode_threshold` new ones.
 void mark_mla_decodes(const CommonMetadata& batch, int decode_threshold,
                       std::vector<StepToken>& tokens);
+/// The tokens of make_sharing_metadata(), out of all of a step.
+std::vector<StepToken> make_sharing_tokens(const CommonMetadata& step,
+                                           const std::vector<StepToken>& tokens);
 /// The tokens of an encoder batch.
 std::vector<StepToken> make_encoder_tokens(const RequestBatch& encoder_batch);
 
@@ -69,8 +76,8 @@ class StepTensors {
   ConstTensorView k_pe() const;
   TensorView output() const;  ///< [T, Hq, output_dim()]
   TensorView lse() const;
-  /// Output row as float32 values.
-  std::vector<float> output_row(int token, int head) const;
+  /// Output row as float32 values, of a head or a pair as ModelPreset::num_rows() says.
+  std::vector<float> output_row(int token, int row) const;
   float lse_value(int token, int head) const;
 
  private:
@@ -89,12 +96,14 @@ class StepTensors {
 struct LayerKind {
   AttentionType type = AttentionType::decoder;
   std::optional<int> window = std::nullopt;  ///< keys visible, own included; unset = all
+  bool shares_cache = false;  ///< has none of its own, and sees make_sharing_metadata()
   friend bool operator==(const LayerKind&, const LayerKind&) = default;
 };
 
 /// Useful work of a step in one layer.
 struct StepWork {
-  /// 2 per multiply-add of q.k and p.v over visible pairs only. MLA: of the compute-friendly form,
+  /// 2 per multiply-add of q.k and p.v over visible pairs only, of tokens that a layer computes.
+  /// Differential attention: with values as wide as two heads. MLA: of the compute-friendly form,
   /// in which every key and value is also made once from its latent. Sparse MLA: of the absorbed
   /// form over chosen tokens, and of the indexer's logits.
   double prefill_flops = 0;

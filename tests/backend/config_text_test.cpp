@@ -26,11 +26,13 @@ TEST(Describe, NamesValuesAndOnlyTheFlagsThatAreSet) {
             "attn_type=decoder");
   config.block_size = 32;
   config.use_mla = config.has_sink = config.use_sparse = config.use_mm_prefix = true;
+  config.use_differential = true;
   config.use_per_head_quant_scales = config.use_non_causal = config.use_alibi_sqrt = true;
   config.batch_invariant = config.use_kv_connector = true;
   EXPECT_EQ(describe(config),
             "platform=cuda:9.0, head_size=128, dtype=bf16, kv_cache_dtype=auto, block_size=32, "
-            "attn_type=decoder, use_mla, has_sink, use_sparse, use_mm_prefix, "
+            "attn_type=decoder, use_mla, has_sink, use_sparse, use_differential, "
+            "use_mm_prefix, "
             "use_per_head_quant_scales, use_non_causal, use_alibi_sqrt, batch_invariant, "
             "use_kv_connector");
 }

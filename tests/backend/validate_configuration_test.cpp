@@ -72,6 +72,8 @@ INSTANTIATE_TEST_SUITE_P(
         OneReason{"alibi_sqrt", [](auto& c) { c.use_alibi_sqrt = true; },
                   "square-root ALiBi not supported"},
         OneReason{"sparse", [](auto& c) { c.use_sparse = true; }, "sparse not supported"},
+        OneReason{"differential", [](auto& c) { c.use_differential = true; },
+                  "differential not supported"},
         OneReason{"per_head_quant_scales", [](auto& c) { c.use_per_head_quant_scales = true; },
                   "per-head quant scales not supported"},
         OneReason{"capability", [](auto& c) { c.platform = Platform::parse("cuda:7.5"); },
@@ -97,30 +99,31 @@ TEST(ValidateConfiguration, GivesEveryReasonInTheFixedOrder) {
   config.attn_type = AttentionType::encoder;
   config.use_mla = config.has_sink = config.use_sparse = config.use_mm_prefix = true;
   config.use_per_head_quant_scales = config.use_non_causal = config.use_alibi_sqrt = true;
-  config.batch_invariant = config.use_kv_connector = true;
-  EXPECT_THAT(
-      backend.validate_configuration(config),
-      ElementsAre("head_size not supported: 100 (must be a multiple of 8, at most 256)",
-                  "dtype not supported: f32 on cuda:7.5 (must be f16 or bf16)",
-                  "kv_cache_dtype not supported: int8 (must be auto or bf16)",
-                  "block_size not supported: 8 (must be a multiple of 16 or 40)",
-                  "partial multimodal token full attention not supported", "MLA not supported",
-                  "attention sinks not supported", "square-root ALiBi not supported",
-                  "sparse not supported", "per-head quant scales not supported",
-                  "compute capability not supported: 7.5 (must be at least 8.0)",
-                  "attention type encoder not supported (must be decoder)",
-                  "non-causal attention not supported", "batch invariance not supported",
-                  "KV connector not supported", "these do not go together"));
+  config.batch_invariant = config.use_kv_connector = config.use_differential = true;
+  EXPECT_THAT(backend.validate_configuration(config),
+              ElementsAre("head_size not supported: 100 (must be a multiple of 8, at most 256)",
+                          "dtype not supported: f32 on cuda:7.5 (must be f16 or bf16)",
+                          "kv_cache_dtype not supported: int8 (must be auto or bf16)",
+                          "block_size not supported: 8 (must be a multiple of 16 or 40)",
+                          "partial multimodal token full attention not supported",
+                          "MLA not supported", "attention sinks not supported",
+                          "square-root ALiBi not supported", "sparse not supported",
+                          "differential not supported", "per-head quant scales not supported",
+                          "compute capability not supported: 7.5 (must be at least 8.0)",
+                          "attention type encoder not supported (must be decoder)",
+                          "non-causal attention not supported", "batch invariance not supported",
+                          "KV connector not supported", "these do not go together"));
 }
 
 TEST(ValidateConfiguration, AsksForWhatABackendInsistsOn) {
   Capability can;
-  can.is_mla = can.is_sparse = true;
+  can.is_mla = can.is_sparse = can.is_differential = true;
   const FakeBackend backend("FAKE", can);
   AttentionConfig config = plain_config();
   EXPECT_THAT(backend.validate_configuration(config),
-              ElementsAre("non-MLA not supported", "non-sparse not supported"));
-  config.use_mla = config.use_sparse = true;
+              ElementsAre("non-MLA not supported", "non-sparse not supported",
+                          "non-differential not supported"));
+  config.use_mla = config.use_sparse = config.use_differential = true;
   EXPECT_THAT(backend.validate_configuration(config), IsEmpty());
 }
 

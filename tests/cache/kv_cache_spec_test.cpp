@@ -5,6 +5,7 @@
 #include <gtest/gtest.h>
 
 #include <functional>
+#include <numeric>
 #include <set>
 
 #include "attend/core/error.h"
@@ -121,8 +122,9 @@ TEST(CacheViewTest, RefusesAnOrderThatIsNoPermutation) {
   for (const std::vector<int>& order : {std::vector{0}, {0, 0}, {0, 2}, {-1, 0}, {0, 1, 2}}) {
     EXPECT_THROW(cache_view(nullptr, DType::f32, shape, order), InvalidArgument);
   }
-  const std::vector<std::int64_t> deep(7, 1);
-  const std::vector<int> order = {0, 1, 2, 3, 4, 5, 6};
+  const std::vector<std::int64_t> deep(kMaxRank + 1, 1);
+  std::vector<int> order(kMaxRank + 1);
+  std::iota(order.begin(), order.end(), 0);
   EXPECT_THROW(cache_view(nullptr, DType::f32, deep, order), InvalidArgument);
 }
 

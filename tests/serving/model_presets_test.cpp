@@ -30,7 +30,8 @@ TEST(ModelPresets, EachIsFoundByItsNameAndIsWellFormed) {
 TEST(ModelPresets, TheListOfTheCommandLine) {
   for (const auto* name :
        {"llama-3.1-8b", "qwen3-32b", "gemma-2-9b", "gemma-3-27b", "gpt-oss-20b", "bloom-7b",
-        "step-1", "bert-base", "whisper-large-v3", "deepseek-v2-lite", "deepseek-v3"}) {
+        "step-1", "bert-base", "whisper-large-v3", "deepseek-v2-lite", "deepseek-v3",
+        "deepseek-v3.2", "phi-4-mini-flash", "diffllama"}) {
     EXPECT_NO_THROW(find_model(name));
   }
 }
@@ -97,6 +98,72 @@ TEST(ModelPresets, DeepSeekHasLatentsAndTheScaleOfItsContextExtension) {
   EXPECT_NEAR(v3.scale.value(), scale(1.0), 1e-8);
   EXPECT_EQ(find_model("llama-3.1-8b").query_dim(), 128);
   EXPECT_EQ(find_model("llama-3.1-8b").output_dim(), 128);
+}
+
+TEST(ModelPresets, PhiMiniFlashHasWindowsThenOneCacheForTheRest) {
+  const ModelPreset& phi = find_model("phi-4-mini-flash");
+  EXPECT_EQ(phi.num_q_heads, 40);
+  EXPECT_EQ(phi.num_kv_heads, 20);
+  EXPECT_EQ(phi.head_dim, 64);
+  EXPECT_EQ(phi.num_rows(), 20);
+  EXPECT_EQ(phi.row_dim(), 128);
+  // 32 layers, of which the odd ones have attention: 8 with a window, the 17th with the cache that
+  // those behind it attend to.
+  ASSERT_EQ(phi.num_layers, 16);
+  EXPECT_EQ(phi.num_caches(16), 9);
+  for (int layer = 0; layer < 16; ++layer) {
+    EXPECT_EQ(phi.model_layer(layer), 2 * layer + 1);
+    EXPECT_EQ(phi.window_of(layer), layer < 8 ? std::optional<int>(512) : std::nullopt);
+    EXPECT_EQ(phi.shares_cache(layer), phi.model_layer(layer) > 17);
+    EXPECT_EQ(phi.model_layer(phi.cache_of(layer)), layer < 8 ? 2 * layer + 1 : 17);
+  }
+}
+
+TEST(ModelPresets, AShortRunOfPhiMiniFlashHasEveryKindOfLayer) {
+  const auto layers_of = [](int n) {
+    const ModelPreset m = with_layers(find_model("phi-4-mini-flash"), n);
+    std::string kinds;
+    for (int layer = 0; layer < n; ++layer) {
+      kinds += std::to_string(m.model_layer(layer));
+      kinds += m.window_of(layer) ? "w " : m.shares_cache(layer) ? "s " : "f ";
+    }
+    return kinds;
+  };
+  EXPECT_EQ(layers_of(1), "17f ");
+  EXPECT_EQ(layers_of(2), "1w 17f ");
+  EXPECT_EQ(layers_of(3), "1w 17f 19s ");
+  EXPECT_EQ(layers_of(4), "1w 3w 17f 19s ");
+  EXPECT_EQ(layers_of(7), "1w 3w 5w 17f 19s 21s 23s ");
+  EXPECT_EQ(layers_of(16), "1w 3w 5w 7w 9w 11w 13w 15w 17f 19s 21s 23s 25s 27s 29s 31s ");
+  for (const int n : {-1, 0, 17}) {
+    try {
+      with_layers(find_model("phi-4-mini-flash"), n);
+      FAIL() << n;
+    } catch (const InvalidArgument& e) {
+      EXPECT_THAT(e.what(), HasSubstr("from 1 to 16, the layers of phi-4-mini-flash"));
+    }
+  }
+}
+
+TEST(ModelPresets, OthersHaveAnyNumberOfLayersAndACacheEach) {
+  for (const auto* name : {"diffllama", "llama-3.1-8b"}) {
+    const ModelPreset m = with_layers(find_model(name), 100);
+    EXPECT_EQ(m.num_caches(100), 100);
+    EXPECT_EQ(m.cache_of(99), 99);
+    EXPECT_FALSE(m.shares_cache(99));
+  }
+  const ModelPreset& diffllama = find_model("diffllama");
+  EXPECT_EQ(diffllama.model_layer(5), 5);
+  EXPECT_EQ(diffllama.window_of(0), std::nullopt);
+}
+
+TEST(ModelPresets, PairsAreOfNeighboursOrOfHalves) {
+  const ModelPreset& phi = find_model("phi-4-mini-flash");
+  const ModelPreset& diffllama = find_model("diffllama");
+  EXPECT_EQ(phi.head_of(3, 0, 40), 6);
+  EXPECT_EQ(phi.head_of(3, 1, 40), 7);
+  EXPECT_EQ(diffllama.head_of(3, 0, 32), 3);
+  EXPECT_EQ(diffllama.head_of(3, 1, 32), 19);
 }
 
 TEST(ModelPresets, OtherQueryHeadsAreAMultipleOfTheKvHeads) {

@@ -46,6 +46,38 @@ TEST(StepMetadata, DescribesTheBatch) {
   EXPECT_EQ(m.max_seq_len, 21);
 }
 
+TEST(StepMetadata, SharingLayersComputeTokensWithLogitsOnly) {
+  const TwoRequests two;
+  const StepMetadata step = make_step_metadata(two.batch, 16);
+  const StepMetadata sharing = make_sharing_metadata(step);
+  const CommonMetadata& m = sharing.common;
+  EXPECT_NO_THROW(m.validate(16));
+  EXPECT_THAT(m.query_start_loc, ElementsAre(0, 1, 2));
+  EXPECT_THAT(m.seq_lens, ElementsAre(21, 3));
+  EXPECT_EQ(m.block_table.data, step.block_table.data());
+  EXPECT_EQ(sharing.common_prefix_len, step.common_prefix_len);
+  const auto tokens = make_sharing_tokens(step.common, make_step_tokens(two.batch));
+  ASSERT_EQ(tokens.size(), 2U);
+  EXPECT_EQ(tokens[0].request, &two.decode);
+  EXPECT_EQ(tokens[0].position, 20);
+  EXPECT_EQ(tokens[1].request, &two.prefill);
+  EXPECT_EQ(tokens[1].position, 2);
+  EXPECT_EQ(tokens[1].num_keys, 3);
+}
+
+TEST(StepMetadata, SharingLayersComputeAllOfADecodesDrafts) {
+  TwoRequests two;
+  two.batch.requests[0].num_scheduled_tokens = 3;
+  two.batch.requests[0].num_draft_tokens = 2;
+  two.batch.num_tokens = 6;
+  const StepMetadata step = make_step_metadata(two.batch, 16);
+  EXPECT_THAT(make_sharing_metadata(step).common.query_start_loc, ElementsAre(0, 3, 4));
+  const auto tokens = make_sharing_tokens(step.common, make_step_tokens(two.batch));
+  ASSERT_EQ(tokens.size(), 4U);
+  for (std::size_t t = 0; t < 3; ++t)
+    EXPECT_EQ(tokens[t].position, 20 + static_cast<std::int64_t>(t));
+}
+
 TEST(StepMetadata, TheCommonPrefixIsWholeComputedBlocksOfAllRequests) {
   TwoRequests two;
   std::vector<std::int32_t> other = {5, 2, 9};
@@ -60,6 +92,7 @@ TEST(StepMetadata, TheCommonPrefixIsWholeComputedBlocksOfAllRequests) {
   other[0] = 8;
   EXPECT_EQ(common(31, 40), 0);
   two.batch.requests.pop_back();
+  two.batch.num_tokens = 1;
   EXPECT_EQ(make_step_metadata(two.batch, 16).common_prefix_len, 0) << "nobody to share with";
 }
 
@@ -179,6 +212,40 @@ TEST(StepWork, CountsVisiblePairsAndBytes) {
   EXPECT_EQ(windowed.decode_bytes, 6 * 100);
   const StepWork tiny = measure_work(two.batch, model, 100, {.window = 1});
   EXPECT_EQ(tiny.prefill_flops, 3 * 4 * 4 * 8);
+}
+
+TEST(StepWork, OfDifferentialAttentionHasValuesAsWideAsTwoHeads) {
+  ModelPreset model;
+  model.num_q_heads = 4;
+  model.num_kv_heads = 2;
+  model.head_dim = 8;
+  model.differential.emplace();
+  const TwoRequests two;
+  const StepWork all = measure_work(two.batch, model, 100, {AttentionType::decoder});
+  EXPECT_EQ(all.prefill_flops, (1 + 2 + 3) * 4 * 2 * (8 + 16));
+  EXPECT_EQ(all.decode_bytes, 21 * 100);
+  const LayerKind sharing{.type = AttentionType::decoder, .shares_cache = true};
+  const StepWork last = measure_work(two.batch, model, 100, sharing);
+  EXPECT_EQ(last.prefill_flops, 3 * 4 * 2 * (8 + 16));
+  EXPECT_EQ(last.decode_bytes, 21 * 100);
+}
+
+TEST(StepTensors, HoldAPairsResultInTwoHeads) {
+  ModelPreset model;
+  model.num_q_heads = 4;
+  model.num_kv_heads = 2;
+  model.head_dim = 8;
+  model.differential.emplace();
+  const TwoRequests two;
+  const auto tokens = make_step_tokens(two.batch);
+  StepTensors tensors(model, DType::f32);
+  tensors.fill(tokens, {}, 0, ValueGenerator(1, DType::f32), default_executor());
+  const TensorView out = tensors.output();
+  EXPECT_EQ(out.shape[1], 4);
+  for (std::int64_t i = 0; i < out.numel(); ++i) out.as<float>()[i] = static_cast<float>(i);
+  const std::vector<float> row = tensors.output_row(1, 1);
+  ASSERT_EQ(row.size(), 16U);
+  for (std::size_t d = 0; d < 16; ++d) EXPECT_EQ(row[d], static_cast<float>(1 * 32 + 16 + d));
 }
 
 TEST(StepMetadata, CrossAttentionReadsTheEncodersBlocks) {

@@ -18,9 +18,10 @@ namespace {
 
 using Flag = std::pair<const char*, bool>;
 
-std::array<Flag, 9> flags(const Capability& can) {
+std::array<Flag, 10> flags(const Capability& can) {
   return {{{"mla", can.is_mla},
            {"sparse", can.is_sparse},
+           {"differential", can.is_differential},
            {"sink", can.supports_sink},
            {"mm_prefix", can.supports_mm_prefix},
            {"per_head_quant_scales", can.supports_per_head_quant_scales},

@@ -61,7 +61,10 @@ ordered_json to_json(const CaseResult& r) {
   j["noisy"] = r.noisy();
   j["attempts"] = r.attempts;
   if (r.parts_over_whole > 0.0) j["parts_over_whole"] = r.parts_over_whole;
-  for (const auto& part : r.parts) j["parts"].push_back(to_json("part", part.name, part.speed));
+  for (const auto& part : r.parts) {
+    if (!part.ratio_name.empty()) j[part.ratio_name] = part.ratio;
+    j["parts"].push_back(to_json("part", part.name, part.speed));
+  }
   return j;
 }
 
@@ -100,7 +103,10 @@ void print_case(std::FILE* to, const CaseResult& r) {
   const std::string mark =
       r.noisy() ? fmt::format("  (noisy: {:.0f} % lost to others)", 100 * r.lost_fraction) : "";
   print_speed(to, r.name, r.speed, mark);
-  for (const auto& part : r.parts) print_speed(to, "  " + part.name, part.speed, "");
+  for (const auto& part : r.parts)
+    print_speed(
+        to, "  " + part.name, part.speed,
+        part.ratio_name.empty() ? "" : fmt::format("  {} {:.2f}", part.ratio_name, part.ratio));
   if (r.parts_over_whole > 0.0)
     fmt::print(to, "  {:.1f} times as fast as that\n", r.parts_over_whole);
   std::fflush(to);
@@ -193,7 +199,9 @@ void add_bench(CLI::App& app) {
       "float64 oracle on sampled rows, and only a right result is timed. The\n"
       "ceiling that binds the case is measured again beside it, over a buffer as large as the\n"
       "case's data (at most 2 GB). A batch of several kinds of requests is measured against the\n"
-      "sum of its parts, each run by itself.\n\n"
+      "sum of its parts, each run by itself. Differential attention is measured beside four calls "
+      "of plain\n"
+      "attention that make up a layer, and beside plain attention with as many heads.\n\n"
       "Threads spin before, between and after the runs. If other programs took more than 2 % of\n"
       "that time, the measurement is repeated, and marked noisy if it stays so.\n\n"
       "--explain gives the kernels clocks: the time of packing, QK, softmax, PV, merging partial\n"

@@ -119,6 +119,10 @@ ordered_json calibrate(const CalibrateOptions& o, std::FILE* to) {
     throw InvalidArgument("calibrate", "--model", "a model whose cache holds values, no latents",
                           fmt::format("'{}'", o.model));
   }
+  if (model.differential) {
+    throw InvalidArgument("calibrate", "--model", "a model whose cache can hold int8 codes",
+                          fmt::format("'{}'", o.model));
+  }
   std::unique_ptr<Executor> own_pool;
   if (o.threads) own_pool = make_thread_pool(*o.threads);
   config.executor = own_pool ? own_pool.get() : &default_executor();

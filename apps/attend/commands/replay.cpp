@@ -38,8 +38,8 @@ struct ReplayOptions {
 
 constexpr std::string_view kReplayHelp = R"(
 Queries, keys and values are generated from the seed, and so are the weights that make keys and values
-of latents, so no model is needed and any row can be computed again: --check N recomputes N random
-rows in float64 without looking at the cache.
+of latents and those of differential layers, so no model is needed and any row can be computed again:
+--check N recomputes N random rows in float64 without looking at the cache.
 
 What the numbers mean:
   back end     the level of the kernels and the arithmetic of the decoder's layers: exact, fast,
@@ -66,6 +66,7 @@ Examples:
   attend replay synthetic --arithmetic exact --check 100
   attend replay synthetic --model deepseek-v3 --heads 16 --kv-cache-dtype fp8_ds_mla --check 100
   attend replay synthetic --model deepseek-v3.2 --heads 16 --index-topk 256 --check 100
+  attend replay synthetic --model phi-4-mini-flash --layers 4 --check 100
   attend replay trace.jsonl --scale-lengths 0.1 --num-blocks 2000 --check 200
 
 Exit code: 0 done, 1 a checked row was wrong, 2 bad option or trace.
@@ -92,7 +93,8 @@ void add_options(CLI::App& command, ReplayOptions& o) {
   option("--backend", c.backend, "auto or the name of a back end (attend backends)", "NAME")
       ->capture_default_str();
   option("--layers", c.num_layers,
-         "Decoder layers to run, each with its own cache (and as many of an encoder before them)",
+         "Decoder layers to run, each with its own cache unless the model's share one (and as many "
+         "of an encoder before them)",
          "N")
       ->capture_default_str();
   option("--max-num-batched-tokens", c.max_num_batched_tokens,

@@ -71,6 +71,7 @@ nlohmann::ordered_json as_json(const AttentionConfig& c) {
   j["attn_type"] = to_string(c.attn_type);
   j["use_mla"] = c.use_mla;
   j["use_sparse"] = c.use_sparse;
+  j["use_differential"] = c.use_differential;
   j["has_sink"] = c.has_sink;
   j["use_alibi_sqrt"] = c.use_alibi_sqrt;
   j["use_non_causal"] = c.use_non_causal;
@@ -140,6 +141,8 @@ void add_options(CLI::App& command, SelectOptions& o) {
       ->capture_default_str();
   CLI::Option* mla = command.add_flag("--mla", c.use_mla, "Multi-head latent attention");
   command.add_flag("--sparse", c.use_sparse, "Attend to indexed keys only");
+  command.add_flag("--differential", c.use_differential,
+                   "The difference of two softmax maps, weighted with lambda");
   command.add_flag("--sink", c.has_sink, "The model has attention sinks");
   command.add_flag("--alibi-sqrt", c.use_alibi_sqrt, "ALiBi by the square root of the distance");
   command.add_flag("--non-causal", c.use_non_causal, "Queries see keys after them");
@@ -168,6 +171,7 @@ void add_select(CLI::App& app) {
       "Examples:\n"
       "  attend select --head-size 128 --dtype bf16\n"
       "  attend select --platform cuda:9.0 --mla --json -\n"
+      "  attend select --differential --head-size 64 --kv-cache-dtype fp8_e4m3\n"
       "  attend select --platform rocm:gfx942 --backend FLASH_ATTN");
   add_options(*command, *options);
   command->callback([options] { run(*options); });

@@ -8,6 +8,7 @@
 #include <string_view>
 #include <vector>
 
+#include "attend/backend/differential.h"
 #include "attend/backend/sparse.h"
 #include "attend/batch/common_metadata.h"
 #include "attend/cache/kv_cache_spec.h"
@@ -42,6 +43,7 @@ struct AttentionConfig {
   bool use_mla = false;
   bool has_sink = false;
   bool use_sparse = false;
+  bool use_differential = false;
   bool use_mm_prefix = false;
   bool use_per_head_quant_scales = false;
   bool use_non_causal = false;
@@ -67,6 +69,7 @@ struct Capability {
   int min_cuda_capability = 0;  ///< 10 * major + minor, e.g. 80
   bool is_mla = false;
   bool is_sparse = false;
+  bool is_differential = false;
   bool supports_sink = false;
   bool supports_mm_prefix = false;
   bool supports_per_head_quant_scales = false;
@@ -128,6 +131,8 @@ struct BuilderConfig {
   /// cache_dim() of `dims`.
   std::optional<MlaBuilderConfig> mla;
   std::optional<SparseBuilderConfig> sparse;  ///< sparse back ends only, and needed there
+  /// Differential back ends only, and needed there.
+  std::optional<DifferentialBuilderConfig> differential;
 };
 
 /// Result of a builder; each back end derives its own. Immutable once built, shared by all layers.
@@ -208,6 +213,8 @@ struct ImplConfig {
   /// MLA back ends only, and needed there. num_kv_heads is then 1, head_size the cache_dim() of its
   /// weights, k_scale the scale of an fp8 cache, and the default of `scale` 1 / sqrt(qk_head_dim).
   std::optional<MlaLayerConfig> mla;
+  /// Differential back ends only, and needed there.
+  std::optional<DifferentialLayerConfig> differential;
 };
 
 /// Tensors of one layer's call. T may exceed the batch's num_tokens (padding): rows beyond it are
@@ -226,6 +233,9 @@ struct ForwardArgs {
   /// tokens of its request that a token attends to, in any order; one named twice counts twice.
   /// What is negative or behind the token names nothing.
   ConstTensorView topk_indices;
+  /// Differential attention of variant v2 only, and needed there:
+  /// DifferentialCombine::token_lambda, [T, Hq / 2]. output is then [T, Hq / 2, D].
+  ConstTensorView token_lambda;
   /// Logical shape of Backend::kv_cache_shape(); undefined for encoders without cache.
   TensorView kv_cache;
   /// Shape of Backend::kv_scale_shape(), f32, any strides; undefined if that is empty.

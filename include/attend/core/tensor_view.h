@@ -13,7 +13,7 @@
 
 namespace attend {
 
-inline constexpr int kMaxRank = 6;
+inline constexpr int kMaxRank = 7;  ///< the cache of differential attention with its layers
 
 /// Non-owning strided tensor: pointer, shape, strides (in elements, may be any that the op allows),
 /// dtype, device. `Ptr` is `void` or `const void`.

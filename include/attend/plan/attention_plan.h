@@ -21,6 +21,8 @@ inline constexpr int kPieceSize = 256;
 inline constexpr int kMaxHeadDimQk = 576, kMaxHeadDimV = 512;
 /// Largest head size of int8 queries and keys, and of their values.
 inline constexpr int kMaxInt8HeadDim = 256;
+/// Largest head size of differential attention, whose values are twice as wide.
+inline constexpr int kMaxDifferentialHeadDim = 256;
 
 /// Keys 0 .. num_keys of requests [request_begin, request_end) are the same rows of a paged cache.
 struct SharedPrefix {
@@ -41,7 +43,10 @@ struct AttentionPlanInput {
   std::span<const std::uint8_t> request_causal;  ///< [B] or empty (= `causal` for all)
   int window_left = -1;                          ///< keys visible before the diagonal; -1 = all
   int window_right = -1;                         ///< keys visible after it; -1 = all (0 if causal)
-  int num_workers = 1;                           ///< workers of the executor that will run the plan
+  /// 2 = differential attention: num_kv_heads counts pairs of kv heads, num_q_heads is an even
+  /// multiple of it, head_dim_v is that of a pair, 2 * head_dim_qk. See differential_plan_shape().
+  int branches = 1;
+  int num_workers = 1;          ///< workers of the executor that will run the plan
   int max_num_splits = 0;       ///< most parts along keys of a unit: 0 = as many as help, 1 = none
   std::optional<IsaLevel> isa;  ///< kernel level; unset = that of kernel_choice()
   /// What multiplies. A plan does not know the types of its tensors: an op that cannot serve them
@@ -95,6 +100,7 @@ struct AttentionPlan {
   std::vector<std::int32_t> key_start_loc;    ///< [B + 1] exclusive prefix sum of seq_lens
   std::vector<std::uint8_t> request_causal;   ///< [B]
   int num_q_heads = 0, num_kv_heads = 0, head_dim_qk = 0, head_dim_v = 0;
+  int branches = 1;  ///< 2 = for differential_attention() alone
   int window_left = -1, window_right = -1;
   int num_workers = 1, max_num_splits = 0;
   IsaLevel isa = IsaLevel::scalar;  ///< highest level of the kernels that run it

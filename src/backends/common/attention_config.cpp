@@ -38,10 +38,11 @@ std::string describe(const AttentionConfig& c) {
       "platform={}, head_size={}, dtype={}, kv_cache_dtype={}, block_size={}, attn_type={}",
       to_string(c.platform), c.head_size, to_string(c.dtype), c.kv_cache_dtype,
       c.block_size ? fmt::to_string(*c.block_size) : "any", to_string(c.attn_type));
-  const std::array<std::pair<bool, std::string_view>, 9> flags = {{
+  const std::array<std::pair<bool, std::string_view>, 10> flags = {{
       {c.use_mla, "use_mla"},
       {c.has_sink, "has_sink"},
       {c.use_sparse, "use_sparse"},
+      {c.use_differential, "use_differential"},
       {c.use_mm_prefix, "use_mm_prefix"},
       {c.use_per_head_quant_scales, "use_per_head_quant_scales"},
       {c.use_non_causal, "use_non_causal"},

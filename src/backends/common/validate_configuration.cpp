@@ -81,6 +81,8 @@ std::vector<std::string> Backend::validate_configuration(const AttentionConfig& 
   refuse_if(c.use_alibi_sqrt && !can.supports_alibi_sqrt, "square-root ALiBi not supported");
   refuse_if(c.use_sparse && !can.is_sparse, "sparse not supported");
   refuse_if(!c.use_sparse && can.is_sparse, "non-sparse not supported");
+  refuse_if(c.use_differential && !can.is_differential, "differential not supported");
+  refuse_if(!c.use_differential && can.is_differential, "non-differential not supported");
   refuse_if(c.use_per_head_quant_scales && !can.supports_per_head_quant_scales,
             "per-head quant scales not supported");
   add(cuda_capability_reason(can.min_cuda_capability, c.platform));

@@ -2,15 +2,12 @@
 // One layer: writes the new keys and values into the cache, then attends by the metadata's plan.
 #include <fmt/format.h>
 
-#include <cmath>
-#include <cstring>
-#include <limits>
-#include <string>
 #include <utility>
 
 #include "attend/ops/attention.h"
 #include "attend/ops/cache.h"
 #include "attend/ops/int8_cache.h"
+#include "backends/common/layer_checks.h"
 #include "backends/common/profiling_output.h"
 #include "backends/flash_attn/flash_attn.h"
 #include "backends/flash_attn/impl_config.h"
@@ -27,12 +24,7 @@ class FlashAttnImpl final : public Impl {
  public:
   explicit FlashAttnImpl(const ImplConfig& config)
       : config_(config), stored_(check_config(config)) {
-    const auto per_head = [&](std::vector<float>& scales) {
-      const float one = scales.empty() ? 1.0F : scales[0];
-      if (scales.size() < 2) scales.assign(static_cast<std::size_t>(config_.num_kv_heads), one);
-    };
-    per_head(config_.k_scale);
-    per_head(config_.v_scale);
+    spread_kv_scales(config_);
     if (config_.sliding_window) {
       window_left_ = *config_.sliding_window - 1;
       window_right_ = config_.attn_type == AttentionType::encoder_only ? window_left_ : 0;
@@ -40,7 +32,7 @@ class FlashAttnImpl final : public Impl {
   }
 
   void forward(const ForwardArgs& args, const Metadata* metadata) const override {
-    check_results(args);
+    check_results(kForwardOp, args, config_, config_.num_q_heads);
     if (metadata == nullptr) {
       fill_profiling_output(args.output, args.lse);
       return;
@@ -51,7 +43,7 @@ class FlashAttnImpl final : public Impl {
     Executor& executor = args.executor != nullptr ? *args.executor : default_executor();
     const bool writes = m.num_new_keys > 0 && writes_cache(args, m);
     if (is_int8_level(stored_.format)) {
-      Int8Layer(config_, params(m), args, m).forward(writes, executor);
+      Int8Layer(config_, attention_params(config_, m), args, m).forward(writes, executor);
       return;
     }
     // A step may bring encoder rows and no query.
@@ -80,58 +72,15 @@ class FlashAttnImpl final : public Impl {
     const auto* m = dynamic_cast<const FlashAttnMetadata*>(&metadata);
     check::require(m != nullptr, kWhere, "what a FLASH_ATTN builder made", "another back end's");
     check::require(
-        m->attn_type == config_.attn_type, kWhere,
-        [&] { return fmt::format("attention type {}", to_string(config_.attn_type)); },
-        to_string(m->attn_type));
-    check::require(
         m->format == stored_.format, kWhere,
         [&] { return fmt::format("a {} cache", to_string(stored_.format)); }, to_string(m->format));
-    const AttentionPlan& plan = *m->plan;
-    const auto heads = [](int q, int kv, int size) {
-      return fmt::format("{} query heads, {} kv heads, head_size {}", q, kv, size);
-    };
-    check::require(
-        plan.num_q_heads == config_.num_q_heads && plan.num_kv_heads == config_.num_kv_heads &&
-            plan.head_dim_qk == config_.head_size,
-        kWhere, [&] { return heads(config_.num_q_heads, config_.num_kv_heads, config_.head_size); },
-        [&] { return heads(plan.num_q_heads, plan.num_kv_heads, plan.head_dim_qk); });
-    const auto window = [](int left, int right) {
-      return fmt::format("window ({}, {})", left, right);
-    };
-    check::require(
-        m->window_left == window_left_ && (m->window_right == window_right_ || m->all_causal),
-        kWhere, [&] { return window(window_left_, window_right_); },
-        [&] { return window(m->window_left, m->window_right); });
+    check_layer(kWhere, *m, config_, window_left_, window_right_);
     return *m;
   }
 
-  /// [>= num_tokens, heads, head_size] of the layer's dtype, last dimension contiguous.
-  void check_rows(std::string_view argument, const ConstTensorView& t, int heads,
-                  int num_tokens) const {
-    const check::Where where{kForwardOp, argument};
-    check::tensor(where, t, 3, {config_.dtype});
-    check::shape(where, t, {-1, heads, config_.head_size});
-    check::unit_last_stride(where, t);
-    check::require(
-        t.shape[0] >= num_tokens, where,
-        [&] { return fmt::format("at least {} rows", num_tokens); }, [&] { return describe(t); });
-  }
-
-  /// What is written whatever the metadata says.
-  void check_results(const ForwardArgs& args) const {
-    check_rows("output", args.output, config_.num_q_heads, 0);
-    check::distinct_elements({kForwardOp, "output"}, args.output);
-    if (!args.lse.defined()) return;
-    const check::Where where{kForwardOp, "lse"};
-    check::tensor(where, args.lse, 2, {DType::f32});
-    check::shape(where, args.lse, {args.output.shape[0], config_.num_q_heads});
-    check::distinct_elements(where, args.lse);
-    check::no_overlap(where, args.lse, "output", args.output);
-  }
-
   void check_tensors(const ForwardArgs& args, const FlashAttnMetadata& m) const {
-    check_rows("output", args.output, config_.num_q_heads, m.num_tokens);
-    check_rows("query", args.query, config_.num_q_heads, m.num_tokens);
+    check_rows({kForwardOp, "output"}, args.output, config_, config_.num_q_heads, m.num_tokens);
+    check_rows({kForwardOp, "query"}, args.query, config_, config_.num_q_heads, m.num_tokens);
     const bool encoder = is_encoder(m.attn_type);
     if (!config_.shares_kv_cache) check_new_keys(args, m);
     if (encoder) return;
@@ -184,8 +133,8 @@ class FlashAttnImpl final : public Impl {
                   "an undefined tensor");
     }
     if (args.key.defined()) {
-      check_rows("key", args.key, config_.num_kv_heads, m.num_new_keys);
-      check_rows("value", args.value, config_.num_kv_heads, m.num_new_keys);
+      check_rows({kForwardOp, "key"}, args.key, config_, config_.num_kv_heads, m.num_new_keys);
+      check_rows({kForwardOp, "value"}, args.value, config_, config_.num_kv_heads, m.num_new_keys);
     }
   }
 
@@ -210,34 +159,8 @@ class FlashAttnImpl final : public Impl {
       a.k_token_scale = args.kv_scale_cache.select(0, 0);
       a.v_token_scale = args.kv_scale_cache.select(0, 1);
     }
-    a.params = params(m);
+    a.params = attention_params(config_, m);
     return a;
-  }
-
-  AttentionParams params(const FlashAttnMetadata& m) const {
-    AttentionParams p;
-    p.scale = config_.scale;
-    p.causal = m.causal;
-    p.window_left = m.window_left;
-    p.window_right = m.window_right;
-    p.softcap = config_.softcap;
-    if (!config_.alibi_slopes.empty()) {
-      p.alibi_slopes =
-          ConstTensorView(config_.alibi_slopes.data(), DType::f32, {config_.num_q_heads});
-      p.alibi_sqrt = config_.use_alibi_sqrt;
-    }
-    if (!config_.sinks.empty()) {
-      p.sinks = ConstTensorView(config_.sinks.data(), DType::f32, {config_.num_q_heads});
-      p.lse_includes_sink = config_.lse_includes_sink;
-    }
-    return p;
-  }
-
-  /// The same scales for every request.
-  ConstTensorView per_request(const std::vector<float>& scales, int num_reqs) const {
-    ConstTensorView view(scales.data(), DType::f32, {num_reqs, config_.num_kv_heads});
-    view.strides[0] = 0;
-    return view;
   }
 
   void write_cache(const ForwardArgs& args, const FlashAttnMetadata& m, Executor& executor) const {
@@ -264,8 +187,8 @@ class FlashAttnImpl final : public Impl {
     a.value_cache = args.kv_cache.select(0, 1);
     a.slot_mapping = ConstTensorView(m.slot_mapping.data(), DType::i64, {m.num_new_keys});
     if (is_fp8(stored_.dtype)) {
-      a.k_scale = ConstTensorView(config_.k_scale.data(), DType::f32, {config_.num_kv_heads});
-      a.v_scale = ConstTensorView(config_.v_scale.data(), DType::f32, {config_.num_kv_heads});
+      a.k_scale = per_kv_head(config_.k_scale);
+      a.v_scale = per_kv_head(config_.v_scale);
     }
     return a;
   }

@@ -4,10 +4,9 @@
 #include <fmt/format.h>
 
 #include <cmath>
-#include <limits>
 #include <optional>
-#include <utility>
 
+#include "backends/common/layer_checks.h"
 #include "backends/flash_attn/flash_attn.h"
 #include "backends/flash_attn/metadata.h"
 #include "core/check.h"
@@ -16,27 +15,6 @@ namespace attend::flash_attn {
 namespace {
 
 constexpr std::string_view kMakeOp = "FLASH_ATTN.make_impl";
-
-void check_kv_scales(const ImplConfig& c, bool allowed) {
-  for (const auto& [name, scales] : {std::pair{"k_scale", &c.k_scale}, {"v_scale", &c.v_scale}}) {
-    const check::Where where{kMakeOp, name};
-    check::require(allowed || scales->empty(), where, "none: the cache is not fp8", scales->size());
-    check::require(
-        scales->empty() || scales->size() == 1 ||
-            scales->size() == static_cast<std::size_t>(c.num_kv_heads),
-        where, [&] { return fmt::format("none, 1 or {}, one a kv head", c.num_kv_heads); },
-        scales->size());
-    for (std::size_t h = 0; h < scales->size(); ++h) {
-      const float x = (*scales)[h];
-      check::require(std::isfinite(x) && x > 0.0F, where, "finite values > 0",
-                     [&] { return fmt::format("{} at index {}", x, h); });
-    }
-  }
-  check::require(
-      c.k_scale.size() == c.v_scale.size(), {kMakeOp, "v_scale"},
-      [&] { return fmt::format("{} values, as many as k_scale", c.k_scale.size()); },
-      c.v_scale.size());
-}
 
 StoredKv checked_storage(const ImplConfig& c) {
   const std::optional<StoredKv> stored = resolve_kv_cache_dtype(c.kv_cache_dtype, c.dtype);
@@ -85,18 +63,9 @@ StoredKv check_config(const ImplConfig& c) {
   check_heads(kMakeOp, c.num_q_heads, c.num_kv_heads, c.head_size);
   check::require(is_float_compute(c.dtype), at("dtype"), "f32, f16 or bf16", to_string(c.dtype));
   const StoredKv stored = checked_storage(c);
-  check_kv_scales(c, is_fp8(stored.dtype));
+  check_kv_scales(kMakeOp, c, is_fp8(stored.dtype));
   check_value_scales(c, stored.format);
-  if (c.scale) {
-    check::require(std::isfinite(*c.scale) && *c.scale > 0.0F, at("scale"), "finite and > 0",
-                   *c.scale);
-  }
-  check::require(std::isfinite(c.softcap) && c.softcap >= 0.0F, at("softcap"), "finite and >= 0",
-                 c.softcap);
-  if (c.sliding_window) {
-    check::require(*c.sliding_window >= 1, at("sliding_window"), "unset or >= 1",
-                   *c.sliding_window);
-  }
+  check_softmax(kMakeOp, c);
   if (is_cross(c.attn_type)) {
     // Both depend on the place of a query among its keys, and cross attention has none.
     check::require(!c.sliding_window, at("sliding_window"), "unset for encoder_decoder",
@@ -106,23 +75,6 @@ StoredKv check_config(const ImplConfig& c) {
   }
   check::require(!c.shares_kv_cache || !is_encoder(c.attn_type), at("shares_kv_cache"),
                  "false for an encoder, which has no cache", "true");
-  const auto& slopes = c.alibi_slopes;
-  check::require(
-      slopes.empty() || slopes.size() == static_cast<std::size_t>(c.num_q_heads),
-      at("alibi_slopes"),
-      [&] { return fmt::format("none or {}, one a query head", c.num_q_heads); }, slopes.size());
-  for (std::size_t h = 0; h < slopes.size(); ++h) {
-    check::require(std::isfinite(slopes[h]), at("alibi_slopes"), "finite slopes",
-                   [&] { return fmt::format("{} at index {}", slopes[h], h); });
-  }
-  check::require(
-      c.sinks.empty() || c.sinks.size() == static_cast<std::size_t>(c.num_q_heads), at("sinks"),
-      [&] { return fmt::format("none or {}, one a query head", c.num_q_heads); }, c.sinks.size());
-  for (std::size_t h = 0; h < c.sinks.size(); ++h) {
-    check::require(c.sinks[h] < std::numeric_limits<float>::infinity(), at("sinks"),
-                   "finite or -infinity",
-                   [&] { return fmt::format("{} at index {}", c.sinks[h], h); });
-  }
   return stored;
 }
 

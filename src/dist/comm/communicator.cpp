@@ -7,7 +7,9 @@ namespace attend {
 namespace {
 
 void check_view(check::Where where, const ConstTensorView& t) {
-  check::require(t.rank >= 0 && t.rank <= kMaxRank, where, "a rank from 0 to 6", t.rank);
+  check::require(
+      t.rank >= 0 && t.rank <= kMaxRank, where,
+      [] { return fmt::format("a rank from 0 to {}", kMaxRank); }, t.rank);
   check::tensor(where, t, t.rank, {});
   check::contiguous(where, t);
 }

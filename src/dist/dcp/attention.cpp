@@ -4,6 +4,7 @@
 #include "attend/dist/decode_context_parallel.h"
 #include "attend/ops/merge.h"
 #include "dist/dcp/attention_checks.h"
+#include "dist/dcp/combine_parts.h"
 #include "dist/dcp/gather_heads.h"
 #include "dist/dcp/reserve.h"
 #include "ops/attention_problem.h"
@@ -72,11 +73,7 @@ Part combine_context(const Part& partial, const DcpAttentionArgs& a, const Atten
   c.lse = partial.lse;
   c.combined = whole.out;
   c.combined_lse = whole.lse;
-  if (a.combine == DcpCombine::all_to_all) {
-    dcp_a2a_lse_reduce(c, comm);
-  } else {
-    cp_lse_ag_out_rs(c, comm);
-  }
+  dcp::combine_parts(c, a.combine, comm);
   return whole;
 }
 
@@ -105,8 +102,9 @@ Part attend_to_new_keys(const DcpAttentionArgs& a, const AttentionPlans& plans,
 void dcp_attention(const DcpAttentionArgs& a, Communicator& comm, Executor* executor,
                    const KernelOptions& kernels) {
   Executor& run_on = executor != nullptr ? *executor : default_executor();
-  const AttentionSizes s = dcp::check_attention(a, comm);
-  const AttentionPlans plans = dcp::plan_attention_steps(a, s, run_on.num_workers(), kernels);
+  const dcp::AttentionCall call{.args = a};
+  const AttentionSizes s = dcp::check_attention(call, comm);
+  const AttentionPlans plans = dcp::plan_attention_steps(call, s, run_on.num_workers(), kernels);
 
   // Step 1.
   const TensorView all_q = dcp::gather_heads(a.q, comm, thread_scratch().queries);

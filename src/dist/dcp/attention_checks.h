@@ -9,15 +9,22 @@
 
 namespace attend::dcp {
 
-inline constexpr std::string_view kAttentionOp = "dcp_attention";
-
 /// Most heads of a rank: far beyond any model, and safe to multiply.
 inline constexpr std::int64_t kMaxHeads = 1 << 15;
 
-/// Sizes of a dcp_attention call.
+/// What attention over several ranks is checked and planned from, plain or differential.
+struct AttentionCall {
+  const char* op = "dcp_attention";
+  DcpAttentionArgs args;  ///< caches of two branches have a dimension for them in front
+  int maps = 1;           ///< query heads that stay together: 2 are a pair
+  int branches = 1;       ///< kv heads that they read, one from each branch of the caches
+};
+
+/// Sizes of a call.
 struct AttentionSizes {
   int ranks = 1, rank = 0;
   std::int64_t tokens = 0, heads = 0, kv_heads = 0, dim = 0, dim_v = 0;
+  int maps = 1, branches = 1;
 
   std::int64_t all_heads() const noexcept { return heads * ranks; }
 };
@@ -40,11 +47,11 @@ void check_supported(std::string_view op, const AttentionParams& params);
 
 /// Checks dtypes, shapes, strides and overlap of every tensor. @throws InvalidArgument,
 /// Unsupported.
-AttentionSizes check_attention(const DcpAttentionArgs& args, const Communicator& communicator);
+AttentionSizes check_attention(const AttentionCall& call, const Communicator& communicator);
 
 /// Plans, and checks lengths and the block table by them, and that there are such kernels.
 /// @throws InvalidArgument, Unsupported.
-AttentionPlans plan_attention_steps(const DcpAttentionArgs& args, const AttentionSizes& sizes,
+AttentionPlans plan_attention_steps(const AttentionCall& call, const AttentionSizes& sizes,
                                     int num_workers, const KernelOptions& kernels);
 
 }  // namespace attend::dcp

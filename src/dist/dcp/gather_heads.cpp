@@ -7,10 +7,8 @@
 #include "dist/dcp/reserve.h"
 
 namespace attend {
-namespace {
 
-/// Copies [T, H, D] with any strides of T and H.
-void copy_heads(const TensorView& to, const ConstTensorView& from) {
+void dcp::copy_heads(const TensorView& to, const ConstTensorView& from) {
   const std::size_t bytes = static_cast<std::size_t>(from.shape[2]) * size_of(from.dtype);
   for (std::int64_t t = 0; t < from.shape[0]; ++t) {
     for (std::int64_t h = 0; h < from.shape[1]; ++h) {
@@ -18,8 +16,6 @@ void copy_heads(const TensorView& to, const ConstTensorView& from) {
     }
   }
 }
-
-}  // namespace
 
 TensorView dcp::gather_heads(const ConstTensorView& q, Communicator& comm, HeadBuffers& buffers) {
   const std::int64_t tokens = q.shape[0], heads = q.shape[1], dim = q.shape[2];

@@ -6,6 +6,7 @@
 #include "attend/ops/mla.h"
 #include "core/check.h"
 #include "dist/dcp/attention_checks.h"
+#include "dist/dcp/combine_parts.h"
 #include "dist/dcp/gather_heads.h"
 #include "dist/dcp/layout.h"
 #include "dist/dcp/request_checks.h"
@@ -184,11 +185,7 @@ void dcp_mla_decode(const DcpMlaDecodeArgs& a, Communicator& comm, Executor* exe
   c.lse = m.lse;
   c.combined = a.out;
   c.combined_lse = a.lse;
-  if (a.combine == DcpCombine::all_to_all) {
-    dcp_a2a_lse_reduce(c, comm);
-  } else {
-    cp_lse_ag_out_rs(c, comm);
-  }
+  dcp::combine_parts(c, a.combine, comm);
 }
 
 }  // namespace attend

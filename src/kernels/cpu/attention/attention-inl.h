@@ -20,5 +20,6 @@ constexpr AttentionKernel make_entry(IsaLevel level) noexcept {
           &run_unit<bf16, CodedByte, bf16>,
           &reduce_unit<float>,
           &reduce_unit<f16>,
-          &reduce_unit<bf16>};
+          &reduce_unit<bf16>,
+          &combine_maps_unit};
 }

@@ -41,13 +41,37 @@ struct CodedRows {
   int block_size = 0;
 };
 
-/// Factors of stored values per request and kv head.
+/// Factors of stored values per request, kv head and branch.
 struct Descale {
   const float* data = nullptr;  ///< null = 1
-  std::int64_t stride_request = 0, stride_head = 0;
-  float at(int r, int kv_head) const noexcept {
-    return data == nullptr ? 1.0F : data[r * stride_request + kv_head * stride_head];
+  std::int64_t stride_request = 0, stride_head = 0, stride_branch = 0;
+  float at(int r, int kv_head, int branch = 0) const noexcept {
+    return data == nullptr
+               ? 1.0F
+               : data[r * stride_request + kv_head * stride_head + branch * stride_branch];
   }
+};
+
+/// What becomes of the two maps of a pair of heads: out = norm(map 1 - lambda * map 2).
+struct PairTerms {
+  float lambda = 0.0F;
+  const void* token_lambda = nullptr;  ///< [T, pairs], of which the sigmoid is lambda; null = above
+  DType token_lambda_dtype = DType::f32;
+  std::int64_t token_lambda_stride_token = 0, token_lambda_stride_pair = 0;
+  bool norm = false;
+  const void* norm_weight = nullptr;  ///< [width]; null = ones
+  DType norm_weight_dtype = DType::f32;
+  float norm_eps = 0.0F;
+  float out_scale = 1.0F;
+};
+
+/// Differential attention. A kv head is one that the maps of a pair share, or with two branches two
+/// of them, whose rows and columns lie a constant offset behind those of the first.
+struct DifferentialTerms {
+  std::int64_t k_branch = 0, v_branch = 0;  ///< elements from a row of branch 0 to that of branch 1
+  int pair_step = 2, map_step = 1;          ///< query head of (pair, map), from pair 0 and map 0
+  bool writes_maps = false;  ///< out gets each map, [T, Hq, width], not what becomes of them
+  PairTerms pair;
 };
 
 /// A validated problem: everything but which part of the work to do.
@@ -101,7 +125,19 @@ struct AttentionProblem {
   int window_left = -1, window_right = -1;
 
   int group_size = 1;
-  int head_dim_qk = 0, head_dim_v = 0;
+  int head_dim_qk = 0, head_dim_v = 0;  ///< of a branch
+  int maps = 1;      ///< 2: differential attention, the second half of a group is of map 2
+  int branches = 1;  ///< of keys and values; 2 only with two maps
+  DifferentialTerms differential;
+  /// Columns of a row's result.
+  int value_width() const noexcept { return branches * head_dim_v; }
+  /// Query head of a member of a kv head's group.
+  int head(int kv_head, int member) const noexcept {
+    if (maps == 1) return kv_head * group_size + member;
+    const int pairs = group_size / 2;
+    return (kv_head * pairs + member % pairs) * differential.pair_step +
+           member / pairs * differential.map_step;
+  }
   float scale = 1.0F;
   float softcap = 0.0F;                 ///< 0 = off
   const float* alibi_slopes = nullptr;  ///< null = off
@@ -114,7 +150,7 @@ struct AttentionProblem {
 
 /// Memory of one call: the partials of split units and each worker's scratch.
 struct KernelWorkspace {
-  float* partials = nullptr;  ///< [num_partial_rows, head_dim_v + kPartialHeader]
+  float* partials = nullptr;  ///< [num_partial_rows, value_width() + kPartialHeader]
   float* scratch = nullptr;   ///< this worker's
   plan::ScratchLayout layout;
   const PartialRun* runs = nullptr;  ///< the plan's
@@ -128,6 +164,8 @@ struct KernelWorkspace {
 /// Computes a unit: writes out (and lse, max_logits), or partials of its pieces.
 using RunUnitFn = void (*)(const AttentionProblem&, const WorkUnit&,
                            const KernelWorkspace&) noexcept;
+/// Combines maps that the problem has as q, [T, Hq, width], for tokens [begin, end).
+using CombineMapsFn = void (*)(const AttentionProblem&, int begin, int end) noexcept;
 /// Merges partials of some rows, ascending, and writes out (and lse, max_logits).
 using ReduceFn = void (*)(const AttentionProblem&, const Reduction&,
                           const KernelWorkspace&) noexcept;
@@ -147,6 +185,7 @@ struct AttentionKernel {
   ReduceFn reduce_f32 = nullptr;
   ReduceFn reduce_f16 = nullptr;
   ReduceFn reduce_bf16 = nullptr;
+  CombineMapsFn combine_maps = nullptr;
   RunUnitFn run_unit(DType keys) const noexcept {
     switch (keys) {
       case DType::f32:
@@ -189,5 +228,8 @@ RunUnitFn run_unit_of(IsaLevel level, const AttentionProblem& problem) noexcept;
 /// What reduces partials to outputs of type `out`: the best kernel whose level is not above
 /// `level`.
 ReduceFn reduce_of(IsaLevel level, DType out) noexcept;
+
+/// What combines maps: the best kernel whose level is not above `level`.
+CombineMapsFn combine_maps_of(IsaLevel level) noexcept;
 
 }  // namespace attend::cpu

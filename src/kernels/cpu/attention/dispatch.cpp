@@ -48,6 +48,11 @@ auto best_of(const auto& kernels, IsaLevel level, auto get) noexcept {
 
 }  // namespace
 
+CombineMapsFn combine_maps_of(IsaLevel level) noexcept {
+  return best_of(kKernels, level,
+                 [&](const AttentionKernel& kernel) { return kernel.combine_maps; });
+}
+
 RunUnitFn run_unit_of(IsaLevel level, const AttentionProblem& problem) noexcept {
   if (problem.q_dtype == DType::i8) {
     return best_of(kInt8Kernels, level, [&](const Int8AttentionKernel& kernel) {

@@ -13,21 +13,25 @@ inline constexpr int kUnroll = 4;
 /// fetches about one piece.
 template <typename K, typename V>
 struct PrefetchRows {
-  const K* const* keys;    // rows [lo, hi) of kPieceSize: keys first,
+  const K* const* keys;    // rows [lo, hi) of kPieceSize of each branch: keys first,
   const V* const* values;  // then values, [lo, value_hi)
+  int branches;
   int key_dim, value_dim;  // elements of a row
   int lo, hi, value_hi;
   const void* near;          // 4 KiB that are in the nearest cache: what is fetched at the end
-  int row;                   // next row that no run holds yet; values count from kPieceSize on
+  int row;                   // next row that no run holds yet; values count on behind the keys
   const char* at = nullptr;  // the current run of rows that follow each other in memory
   const char* run_end = nullptr;
 
   /// Touches each 4 KiB of the rows once, so that later fetches find their addresses translated.
   ATTEND_INLINE void touch_pages() const {
     const int key_step = pages_step(key_dim * static_cast<int>(sizeof(K)));
-    for (int j = lo; j < hi; j += key_step) __builtin_prefetch(keys[j], 0, 2);
     const int value_step = pages_step(value_dim * static_cast<int>(sizeof(V)));
-    for (int j = lo; j < value_hi; j += value_step) __builtin_prefetch(values[j], 0, 2);
+    for (int at_branch = 0; at_branch < branches * kPieceSize; at_branch += kPieceSize) {
+      for (int j = lo; j < hi; j += key_step) __builtin_prefetch(keys[at_branch + j], 0, 2);
+      for (int j = lo; j < value_hi; j += value_step)
+        __builtin_prefetch(values[at_branch + j], 0, 2);
+    }
   }
   /// Rows that make up about 4 KiB.
   ATTEND_INLINE static int pages_step(int row_bytes) {
@@ -35,23 +39,22 @@ struct PrefetchRows {
   }
   static constexpr int kPageBytes = 4096;
   ATTEND_INLINE void next_run() {
-    if (row < hi) {
-      follow(keys, key_dim, 0, hi);
-      return;
-    }
-    if (row < kPieceSize + lo) row = kPieceSize + lo;
-    if (row < kPieceSize + value_hi) {
-      follow(values, value_dim, kPieceSize, value_hi);
-      return;
+    for (; row < 2 * branches * kPieceSize; row = (row / kPieceSize + 1) * kPieceSize) {
+      const int base = row / kPieceSize * kPieceSize;
+      if (row < base + lo) row = base + lo;
+      if (base < branches * kPieceSize) {
+        if (row < base + hi) return follow(keys, key_dim, 0, base + hi);
+      } else if (row < base + value_hi) {
+        return follow(values, value_dim, branches * kPieceSize, base + value_hi);
+      }
     }
     at = static_cast<const char*>(near);
     run_end = at + kPageBytes;
   }
-  /// Takes rows of `rows`, of which the first has number `first` and the last is before `count`, as
-  /// long as they are adjacent.
+  /// Takes rows of `rows`, of which the first has number `first`, up to number `end`, as long as
+  /// they are adjacent.
   template <typename T>
-  ATTEND_INLINE void follow(const T* const* rows, int dim, int first, int count) {
-    const int end = first + count;
+  ATTEND_INLINE void follow(const T* const* rows, int dim, int first, int end) {
     const T* from = rows[row - first];
     const T* after = from + dim;
     const T* const* at_row = rows + (++row - first);

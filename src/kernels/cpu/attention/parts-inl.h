@@ -15,4 +15,10 @@ inline constexpr float kLn2 = 0.6931471805599453F;
 //
 #include "kernels/cpu/attention/stored-inl.h"
 //
+#include "kernels/cpu/attention/pair-inl.h"
+//
+#include "kernels/cpu/attention/reduce-inl.h"
+//
+#include "kernels/cpu/attention/rows-inl.h"
+//
 #include "kernels/cpu/attention/unit-inl.h"

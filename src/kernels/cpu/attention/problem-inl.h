@@ -99,30 +99,33 @@ struct UnitState {
   const WorkUnit* following;
   bool fetched;
   PhaseClock* clock;
-  int rows;  // query rows: token-major, then head of the group
-  int dv_padded;
-  float* q;         // [rows, D] scaled to log2 units; int8 queries: their codes
-  float* s;         // [kBlockRows, kPieceSize] logits, then probabilities
-  float* acc;       // [rows, dv_padded]
-  float* k_panels;  // [kPanels][D][kPanelKeys]
-  float* v_panels;  // [dv_padded / kPanelCols][kPieceSize][kPanelCols]
-  float* m;         // [rows] running maximum, log2 units
-  float* l;         // [rows] running sum
-  float* piece_m;   // [rows] of the current piece
+  int rows;  // query rows: token-major, then head of the group; all of map 1 before those of map 2
+  int map_rows;  // rows from one map to the next: more than it has, where they fill whole tiles
+  int members;   // of the group that are of one map
+  int branch_columns;  // columns of accumulators from one branch to the next
+  int dv_padded;       // of all branches
+  float* q;            // [rows, D] scaled to log2 units; int8 queries: their codes
+  float* s;            // [kBlockRows, kPieceSize] logits, then probabilities
+  float* acc;          // [rows, dv_padded]
+  float* k_panels;     // [branches * kPanels][D][kPanelKeys]
+  float* v_panels;     // [dv_padded / kPanelCols][kPieceSize][kPanelCols]
+  float* m;            // [rows] running maximum, log2 units
+  float* l;            // [rows] running sum
+  float* piece_m;      // [rows] of the current piece
   float* piece_l;
   float* keep;  // [rows] factors of the merge: old state,
   float* take;  //        new piece
   int* lo;      // [rows] visible keys, absolute
   int* hi;
   int* request;      // [rows]
-  const T** k_rows;  // [kPieceSize] current piece
+  const T** k_rows;  // [branches, kPieceSize] current piece
   const T** v_rows;
   const K** stored_k_rows;  // the same as it lies in memory
   const V** stored_v_rows;
   const K** next_k_rows;  // next piece, for prefetch
   const V** next_v_rows;
-  T* staged_k;          // [kPieceSize, D] decoded
-  T* staged_v;          // [kPieceSize, Dv]
+  T* staged_k;          // [branches, kPieceSize, D] decoded
+  T* staged_v;          // [branches, kPieceSize, Dv]
   float* key_scales;    // [kPieceSize] of the current piece, if keys have scales of their own
   float* value_scales;  // likewise
   // int8 queries only.
@@ -140,7 +143,16 @@ struct UnitState {
         fetched(ws.fetched),
         clock(ws.clock),
         rows((unit.q_end - unit.q_begin) * problem.group_size),
+        map_rows(rows),
+        members(problem.group_size / problem.maps),
+        branch_columns(ws.layout.padded_dv / problem.branches),
         dv_padded(ws.layout.padded_dv) {
+    if (problem.maps == 2) {
+      map_rows = rows / 2;
+      if (rows > Simd::kTileRows)
+        map_rows = static_cast<int>(plan::round_up(map_rows, Simd::kTileRows));
+      rows = map_rows + rows / 2;
+    }
     const plan::ScratchLayout& at = ws.layout;
     q = ws.scratch + at.q;
     s = ws.scratch + at.s;
@@ -160,24 +172,32 @@ struct UnitState {
          {&m, &l, &piece_m, &piece_l, &keep, &take, &factors, &offsets, &full, &piece_full})
       *array = take_rows();
     for (int** array : {&lo, &hi, &request, &starts}) *array = reinterpret_cast<int*>(take_rows());
+    const int keys = problem.branches * kPieceSize;
     const K** key_rows = reinterpret_cast<const K**>(row_array);
     stored_k_rows = key_rows;
-    next_k_rows = key_rows + kPieceSize;
-    const V** value_rows = reinterpret_cast<const V**>(key_rows + 2 * kPieceSize);
+    next_k_rows = key_rows + keys;
+    const V** value_rows = reinterpret_cast<const V**>(key_rows + std::int64_t{2} * keys);
     stored_v_rows = value_rows;
-    next_v_rows = value_rows + kPieceSize;
-    k_rows = reinterpret_cast<const T**>(value_rows + 2 * kPieceSize);
-    v_rows = k_rows + kPieceSize;
+    next_v_rows = value_rows + keys;
+    k_rows = reinterpret_cast<const T**>(value_rows + std::int64_t{2} * keys);
+    v_rows = k_rows + keys;
     staged_k = reinterpret_cast<T*>(ws.scratch + at.staged);
-    staged_v = staged_k + std::int64_t{kPieceSize} * problem.head_dim_qk;
+    staged_v = staged_k + std::int64_t{keys} * problem.head_dim_qk;
   }
   /// What this worker does from now on.
   ATTEND_INLINE void enter(Phase phase) const {
     if (clock != nullptr) clock->enter(phase);
   }
-  int head(int row) const { return u.kv_head * p.group_size + row % p.group_size; }
+  int map(int row) const { return row >= map_rows ? 1 : 0; }
+  int in_map(int row) const { return row >= map_rows ? row - map_rows : row; }
+  /// Query tokens from the unit's first one to that of a row.
+  int step(int row) const { return in_map(row) / members; }
+  int member(int row) const { return map(row) * members + in_map(row) % members; }
+  int head(int row) const { return p.head(u.kv_head, member(row)); }
+  /// Rows of one map; those behind them, up to the next map's, are nobody's.
+  int own_rows() const { return (u.q_end - u.q_begin) * members; }
   /// Index of a row's query token among those of all requests.
-  int token(int row) const { return p.query_start_loc[u.request] + u.q_begin + row / p.group_size; }
+  int token(int row) const { return p.query_start_loc[u.request] + u.q_begin + step(row); }
   /// Absolute position of query token `tok` of all among the keys of its request.
   int position(int of_request, int tok) const {
     return tok + p.seq_lens[of_request] - p.query_start_loc[of_request + 1];

@@ -5,14 +5,15 @@
 /// A derived runner hides what it does differently; whatever calls such a function takes the
 /// runner as `self`.
 template <typename T, typename K, typename V>
-struct UnitRunner : UnitState<T, K, V> {
-  using Base = UnitState<T, K, V>;
+struct UnitRunner : UnitRows<T, K, V> {
+  using Base = UnitRows<T, K, V>;
   using Base::acc, Base::clock, Base::dv_padded, Base::fetched, Base::following, Base::hi,
       Base::k_panels, Base::k_rows, Base::keep, Base::key_scales, Base::kStagedKeys,
-      Base::kStagedValues, Base::kValuesAreKeys, Base::l, Base::lo, Base::m, Base::next_k_rows,
-      Base::next_v_rows, Base::p, Base::piece_l, Base::piece_m, Base::q, Base::request, Base::rows,
-      Base::s, Base::staged_k, Base::staged_v, Base::stored_k_rows, Base::stored_v_rows, Base::take,
-      Base::u, Base::v_panels, Base::v_rows, Base::value_scales;
+      Base::kStagedValues, Base::kValuesAreKeys, Base::l, Base::lo, Base::m, Base::map_rows,
+      Base::next_k_rows, Base::next_v_rows, Base::p, Base::piece_l, Base::piece_m,
+      Base::piece_range, Base::q, Base::request, Base::rows, Base::s, Base::staged_k,
+      Base::staged_v, Base::stored_k_rows, Base::stored_v_rows, Base::take, Base::u, Base::v_panels,
+      Base::v_rows, Base::value_scales;
   using Base::Base;
 
   /// Whether rows that fill up a tile have to be cleared.
@@ -22,7 +23,7 @@ struct UnitRunner : UnitState<T, K, V> {
   static constexpr int kTile = Simd::kTileRows, kBlock = plan::kBlockRows, kSpan = 16;
   static constexpr int kColumnStep = Simd::kTileVecs * Simd::kLanes;
 
-  bool packed_panel[plan::kPanels];
+  bool packed_panel[2 * plan::kPanels];  // of two branches at most
   bool values_packed;
   bool values_late;  // staged: decoded a few rows at a time, where they are multiplied
   bool values_finite;
@@ -33,12 +34,27 @@ struct UnitRunner : UnitState<T, K, V> {
 
   template <typename Self>
   void load_queries(Self& self) {
-    int r = 0;
+    for (int first = 0; first < rows; first += map_rows) load_map(self, first);
+    if constexpr (Self::kClearsTail) {
+      const int padded = static_cast<int>(plan::round_up(rows, Self::kTile));
+      for (int r = rows; r < padded; ++r) {  // rows that fill up the last tile see nothing
+        lo[r] = hi[r] = 0;
+        self.clear_query(r);
+      }
+    }
+    self.reset();
+  }
+
+  /// Loads the rows of one map, from `first` on.
+  template <typename Self>
+  void load_map(Self& self, int first) {
+    int r = first;
+    const int end = first + this->own_rows();
     int own = u.request;
-    for (int tok = this->token(0); r < rows; ++tok) {
+    for (int tok = this->token(0); r < end; ++tok) {
       while (tok >= p.query_start_loc[own + 1]) ++own;
       const KeyRange visible = visible_keys(p, own, this->position(own, tok));
-      for (int g = 0; g < p.group_size; ++g, ++r) {
+      for (int g = 0; g < this->members; ++g, ++r) {
         lo[r] = visible.lo;
         hi[r] = visible.hi;
         request[r] = own;
@@ -46,13 +62,14 @@ struct UnitRunner : UnitState<T, K, V> {
       }
     }
     if constexpr (Self::kClearsTail) {
-      const int padded = static_cast<int>(plan::round_up(rows, Self::kTile));
-      for (; r < padded; ++r) {  // rows that fill up the last tile see nothing
-        lo[r] = hi[r] = 0;
+      // Rows up to the next map see what the last row sees: equal masks are quick.
+      for (; r < rows && r < first + map_rows; ++r) {
+        lo[r] = lo[end - 1];
+        hi[r] = hi[end - 1];
+        request[r] = request[end - 1];
         self.clear_query(r);
       }
     }
-    self.reset();
   }
 
   /// Row r is query token i of its request.
@@ -68,7 +85,9 @@ struct UnitRunner : UnitState<T, K, V> {
   template <typename Q>
   void load_query_as(int r, int i) {
     const int own = request[r];
-    const float scale = p.scale * (p.q_descale.at(own, u.kv_head) * p.k_descale.at(own, u.kv_head));
+    const int branch = p.branches == 2 ? this->map(r) : 0;
+    const float scale =
+        p.scale * (p.q_descale.at(own, u.kv_head, branch) * p.k_descale.at(own, u.kv_head, branch));
     const Simd::F factor = Simd::set1(log2_factor(scale));
     const Q* from =
         static_cast<const Q*>(p.q) + p.q_layout.offset(p.query_start_loc, own, i, this->head(r));
@@ -116,83 +135,6 @@ struct UnitRunner : UnitState<T, K, V> {
     for (int r = 0; r < padded; ++r) {
       m[r] = -std::numeric_limits<float>::infinity();
       l[r] = 0.0F;
-    }
-  }
-
-  /// Union of the visible keys of rows [begin, end), cut to piece `base`, relative to it.
-  KeyRange piece_range(int begin, int end, int base) const {
-    KeyRange range{kPieceSize, 0};
-    for (int r = begin; r < end; ++r) {
-      if (lo[r] >= hi[r]) continue;
-      const int a = lo[r] - base, b = hi[r] - base;
-      range.lo = a < range.lo ? a : range.lo;
-      range.hi = b > range.hi ? b : range.hi;
-    }
-    range.lo = range.lo < 0 ? 0 : range.lo;
-    range.hi = range.hi > kPieceSize ? kPieceSize : range.hi;
-    return range;
-  }
-
-  /// Pointers for the keys of `range` of a unit's piece at `base`; the other entries repeat the
-  /// first, so that packing and prefetching never touch a row that no query sees.
-  void point_rows(const WorkUnit& unit, KeyRange range, int base) {
-    const HeadRows<K> k{static_cast<const K*>(p.k) + unit.kv_head * p.k_strides.head, p.k_strides,
-                        unit.request};
-    fill_rows(p, k, base + range.lo, base + range.hi, next_k_rows + range.lo);
-    if constexpr (!kValuesAreKeys) {
-      const HeadRows<V> v{static_cast<const V*>(p.v) + unit.kv_head * p.v_strides.head, p.v_strides,
-                          unit.request};
-      fill_rows(p, v, base + range.lo, base + range.hi, next_v_rows + range.lo);
-    }
-    const auto repeat = [&](int begin, int end) {
-      for (int j = begin; j < end; ++j) {
-        next_k_rows[j] = next_k_rows[range.lo];
-        if constexpr (!kValuesAreKeys) next_v_rows[j] = next_v_rows[range.lo];
-      }
-    };
-    repeat(0, range.lo);
-    repeat(range.hi, kPieceSize);
-  }
-
-  /// Scales of the keys of `range` of the piece at `base`, one a key, to `to`; 0 elsewhere, where
-  /// no query looks.
-  ATTEND_NOINLINE void load_scales(const float* scales, const KvStrides& strides, KeyRange range,
-                                   int base, float* to) const {
-    std::memset(to, 0, sizeof(float) * kPieceSize);
-    const HeadRows<float> rows_of_one{scales + u.kv_head * strides.head, strides, u.request};
-    for_each_key(p, rows_of_one, base + range.lo, base + range.hi,
-                 [&](int j, const float* scale) ATTEND_LAMBDA { to[j - base] = *scale; });
-  }
-
-  /// Fetches what load_scales will read for a unit, once a line.
-  ATTEND_NOINLINE void fetch_scales(const WorkUnit& unit, const float* scales,
-                                    const KvStrides& strides, KeyRange range, int base) const {
-    const HeadRows<float> rows_of_one{scales + unit.kv_head * strides.head, strides, unit.request};
-    std::uintptr_t last = 0;
-    for_each_key(p, rows_of_one, base + range.lo, base + range.hi,
-                 [&](int, const float* scale) ATTEND_LAMBDA {
-                   const std::uintptr_t line = reinterpret_cast<std::uintptr_t>(scale) / 64;
-                   if (line != last) __builtin_prefetch(scale, 0, 2);
-                   last = line;
-                 });
-  }
-
-  /// Elements of a stored key.
-  int row_step() const {
-    if constexpr (kValuesAreKeys) {
-      return p.coded.format->step;
-    } else {
-      return p.head_dim_qk;
-    }
-  }
-
-  /// Fetches the scales of the keys of `range` that lie apart from them.
-  ATTEND_NOINLINE void fetch_coded_scales(KeyRange range) const {
-    if constexpr (kValuesAreKeys) {
-      if (!p.coded.format->scales_apart) return;
-      const Decoder<K> decoder(p);
-      for (int j = range.lo; j < range.hi; ++j)
-        __builtin_prefetch(decoder.scales_of(next_k_rows[j]), 0, 2);
     }
   }
 
@@ -254,9 +196,20 @@ struct UnitRunner : UnitState<T, K, V> {
   ATTEND_NOINLINE void pack_values(KeyRange range) {
     const InPhase packing(clock, Phase::pack);
     bool bad = false;
+    for (int b = 0; b < p.branches; ++b)
+      bad |= pack_branch(v_rows + b * kPieceSize, range,
+                         v_panels + std::int64_t{b} * kPieceSize * this->branch_columns);
+    values_finite = !bad;
+    values_packed = values_scanned = true;
+  }
+
+  /// Packs the values of a branch; true if one is not finite.
+  ATTEND_INLINE bool pack_branch(const T* const* from_rows, KeyRange range, float* panels) const {
+    bool bad = false;
+    const int columns = this->branch_columns;
     for (int j = range.lo; j < range.hi; ++j) {
-      const T* from = v_rows[j];
-      for (int c = 0; c < dv_padded; c += Simd::kLanes) {
+      const T* from = from_rows[j];
+      for (int c = 0; c < columns; c += Simd::kLanes) {
         Simd::F x = Simd::zero();
         if (c + Simd::kLanes <= p.head_dim_v) x = Simd::widen(from + c);
 #if ATTEND_HALF_VECTOR
@@ -264,27 +217,27 @@ struct UnitRunner : UnitState<T, K, V> {
           x = Simd::widen_half(from + c);
 #endif
         bad |= Simd::any_nonfinite(x);
-        float* panel =
-            v_panels + std::int64_t{c / plan::kPanelCols} * kPieceSize * plan::kPanelCols;
+        float* panel = panels + std::int64_t{c / plan::kPanelCols} * kPieceSize * plan::kPanelCols;
         Simd::store(panel + j * plan::kPanelCols + c % plan::kPanelCols, x);
       }
     }
-    values_finite = !bad;
-    values_packed = values_scanned = true;
+    return bad;
   }
 
   /// True if every value of `range` is finite: then a masked key's 0 * value is exactly 0.
   bool all_values_finite(KeyRange range) {
     if (values_scanned) return values_finite;
     bool bad = false;
-    for (int j = range.lo; j < range.hi; ++j) {
+    for (int at = range.lo; at < p.branches * kPieceSize; at += kPieceSize) {
+      for (int j = at; j < at + range.hi - range.lo; ++j) {
 #if ATTEND_HALF_VECTOR
-      for (int c = 0; c < p.head_dim_v; c += 8)
-        bad |= Simd::any_nonfinite(Simd::widen_half(v_rows[j] + c));
+        for (int c = 0; c < p.head_dim_v; c += 8)
+          bad |= Simd::any_nonfinite(Simd::widen_half(v_rows[j] + c));
 #else
-      for (int c = 0; c < p.head_dim_v; c += Simd::kLanes)
-        bad |= Simd::any_nonfinite(Simd::widen(v_rows[j] + c));
+        for (int c = 0; c < p.head_dim_v; c += Simd::kLanes)
+          bad |= Simd::any_nonfinite(Simd::widen(v_rows[j] + c));
 #endif
+      }
     }
     values_scanned = true;
     return values_finite = !bad;
@@ -307,17 +260,38 @@ struct UnitRunner : UnitState<T, K, V> {
     KeyRange tiles[kBlockTiles];
     tile_ranges(begin, end, base, tiles);
     for (int panel = range.lo / plan::kPanelKeys; panel * plan::kPanelKeys < range.hi; ++panel) {
-      const auto* keys = self.k_panel(panel, keep_panels);
       const int key_begin = panel * plan::kPanelKeys;
-      for (int i = 0; i < kBlockTiles; ++i) {
-        if (key_begin >= tiles[i].hi || key_begin + plan::kPanelKeys <= tiles[i].lo) continue;
-        const int r = begin + i * Simd::kTileRows;
-        float* sr = s + std::int64_t{r - begin} * kPieceSize + key_begin;
-        with_tile_rows(end - r, [&](auto height) ATTEND_LAMBDA {
-          self.template multiply_panel<decltype(height)::value>(r, keys, key_begin, sr);
-        });
+      for (int branch = 0; branch < p.branches; ++branch) {
+        if (!meets_branch(begin, end, branch)) continue;
+        const auto* keys = self.k_panel(branch * plan::kPanels + panel, keep_panels);
+        for (int i = 0; i < kBlockTiles; ++i) {
+          if (key_begin >= tiles[i].hi || key_begin + plan::kPanelKeys <= tiles[i].lo) continue;
+          const int tile = begin + i * Simd::kTileRows;
+          const auto [r, rows_end] = rows_of_branch(tile, end, branch);
+          if (r >= rows_end) continue;
+          float* sr = s + std::int64_t{r - begin} * kPieceSize + key_begin;
+          with_tile_rows(rows_end - r, [&, r = r](auto height) ATTEND_LAMBDA {
+            self.template multiply_panel<decltype(height)::value>(r, keys, key_begin, sr);
+          });
+        }
       }
     }
+  }
+
+  /// Rows [begin, end).
+  struct RowRange {
+    int begin, end;
+  };
+  /// The rows of a tile that multiply the keys of a branch, those of its map. A tile alone may hold
+  /// rows of both maps, others hold rows of one.
+  RowRange rows_of_branch(int tile, int end, int branch) const {
+    if (p.branches == 1) return {tile, end};
+    if (rows <= Simd::kTileRows)
+      return branch == 0 ? RowRange{0, map_rows} : RowRange{map_rows, rows};
+    return this->map(tile) == branch ? RowRange{tile, end} : RowRange{tile, tile};
+  }
+  bool meets_branch(int begin, int end, int branch) const {
+    return p.branches == 1 || (branch == 0 ? begin < map_rows : end > map_rows);
   }
 
   /// Logits of rows [r, r + R) and one panel.
@@ -469,7 +443,12 @@ struct UnitRunner : UnitState<T, K, V> {
 
   /// The columns of add_values for keys as they lie in the cache.
   template <int R>
-  ATTEND_INLINE void add_cached_values(PvRows t, KeyRange keys) {
+  ATTEND_INLINE void add_cached_values(const PvRows& t, KeyRange keys) {
+    for (int b = 0; b < p.branches; ++b)
+      add_cached_branch<R>(t.at(b * this->branch_columns), keys, v_rows + b * kPieceSize);
+  }
+  template <int R>
+  ATTEND_INLINE void add_cached_branch(const PvRows& t, KeyRange keys, const T* const* from) {
     constexpr int kStep = kColumnStep;
     const auto columns = [&](auto values) ATTEND_LAMBDA {
       if constexpr (2 * R <= Simd::kTileRows)
@@ -481,16 +460,16 @@ struct UnitRunner : UnitState<T, K, V> {
     };
     if constexpr (std::is_same_v<T, bf16>) {
       if (paired_columns()) {
-        columns(CachedPairs<sizeof(V)>{v_rows, 0});
+        columns(CachedPairs<sizeof(V)>{from, 0});
         return;
       }
     }
-    CachedValues<T> rest{v_rows, columns(CachedValues<T>{v_rows, 0})};
+    CachedValues<T> rest{from, columns(CachedValues<T>{from, 0})};
     for (; rest.col + Simd::kLanes <= p.head_dim_v; rest.col += Simd::kLanes)
       pv_tile<R, 1>(t.at(rest.col), rest, keys.lo, keys.hi, next);
 #if ATTEND_HALF_VECTOR
     if (rest.col < p.head_dim_v)
-      pv_tile<R, 1>(t.at(rest.col), CachedValuesHalf<T>{v_rows, rest.col}, keys.lo, keys.hi, next);
+      pv_tile<R, 1>(t.at(rest.col), CachedValuesHalf<T>{from, rest.col}, keys.lo, keys.hi, next);
 #endif
   }
 
@@ -568,18 +547,16 @@ struct UnitRunner : UnitState<T, K, V> {
     const KeyRange range = piece_range(0, rows, base);
     if (range.lo >= range.hi) return;
     values_late = !kValuesAreKeys && fetches() && same_masks(0, rows, base);
-    for (int j = 0; j < kPieceSize; ++j) {
-      const bool visible = j >= range.lo && j < range.hi;
-      const std::int64_t row = visible ? j : range.lo;
-      k_rows[j] = staged_k + row * p.head_dim_qk;
-      v_rows[j] = kValuesAreKeys ? k_rows[j] : staged_v + row * p.head_dim_v;
+    for (int at = 0; at < p.branches * kPieceSize; at += kPieceSize) {
+      for (int j = 0; j < kPieceSize; ++j) {
+        const bool visible = j >= range.lo && j < range.hi;
+        const std::int64_t row = at + (visible ? j : range.lo);
+        k_rows[at + j] = staged_k + row * p.head_dim_qk;
+        v_rows[at + j] = kValuesAreKeys ? k_rows[at + j] : staged_v + row * p.head_dim_v;
+      }
     }
     if (!packs_codes()) {
-      const Decoder<K> decoder(p);
-      for (int j = range.lo; j < range.hi; ++j) {
-        if (fetches()) next.template lines<1>();
-        decoder.decode(stored_k_rows[j], p.head_dim_qk, staged_k + std::int64_t{j} * p.head_dim_qk);
-      }
+      decode(range, stored_k_rows, p.head_dim_qk, staged_k);
     }
     if constexpr (!kValuesAreKeys) {
       if (!values_late) decode_values(range);
@@ -587,10 +564,16 @@ struct UnitRunner : UnitState<T, K, V> {
   }
 
   ATTEND_INLINE void decode_values(KeyRange range) {
-    const Decoder<V> decoder(p);
-    for (int j = range.lo; j < range.hi; ++j) {
-      if (fetches()) next.template lines<1>();
-      decoder.decode(stored_v_rows[j], p.head_dim_v, staged_v + std::int64_t{j} * p.head_dim_v);
+    decode(range, stored_v_rows, p.head_dim_v, staged_v);
+  }
+  template <typename Stored>
+  ATTEND_INLINE void decode(KeyRange range, const Stored* const* stored, int dim, T* to) {
+    const Decoder<Stored> decoder(p);
+    for (int at = range.lo; at < p.branches * kPieceSize; at += kPieceSize) {
+      for (int j = at; j < at + range.hi - range.lo; ++j) {
+        if (fetches()) next.template lines<1>();
+        decoder.decode(stored[j], dim, to + std::int64_t{j} * dim);
+      }
     }
   }
 
@@ -602,8 +585,10 @@ struct UnitRunner : UnitState<T, K, V> {
     const bool one_block = rows <= Self::kBlock;
     std::memset(packed_panel, 0, sizeof packed_panel);
     values_packed = values_scanned = false;
-    if (p.k_scale != nullptr) load_scales(p.k_scale, p.k_scale_strides, range, base, key_scales);
-    if (p.v_scale != nullptr) load_scales(p.v_scale, p.v_scale_strides, range, base, value_scales);
+    if (p.k_scale != nullptr)
+      this->load_scales(p.k_scale, p.k_scale_strides, range, base, key_scales);
+    if (p.v_scale != nullptr)
+      this->load_scales(p.v_scale, p.v_scale_strides, range, base, value_scales);
     for (int begin = 0; begin < rows; begin += Self::kBlock) {
       const int end = begin + Self::kBlock < rows ? begin + Self::kBlock : rows;
       this->enter(Phase::qk);
@@ -621,6 +606,8 @@ struct UnitRunner : UnitState<T, K, V> {
       with_float_dtype(p.out_dtype, [&](auto element) ATTEND_LAMBDA {
         write_outputs_as<decltype(element)>(self);
       });
+    } else if (p.differential.writes_maps) {
+      write_outputs_as<float>(self);
     } else {
       write_outputs_as<T>(self);
     }
@@ -629,22 +616,44 @@ struct UnitRunner : UnitState<T, K, V> {
 
   template <typename Out, typename Self>
   void write_outputs_as(Self& self) const {
-    int r = 0;
+    int i = 0;
     for (int tok = u.q_begin; tok < u.q_end; ++tok) {
-      for (int g = 0; g < p.group_size; ++g, ++r) {
-        const int head = u.kv_head * p.group_size + g;
-        Out* to =
-            static_cast<Out*>(p.out) + p.out_layout.offset(p.query_start_loc, u.request, tok, head);
-        const RowState state{m[r], l[r], self.full_sum(r)};
-        const RowTotal total = row_total(p, u.request, head, state);
-        float* from = acc + std::int64_t{r} * dv_padded;
-        scale_channels(p, u.kv_head, from);
-        write_row(p, from, total, self.paired_columns(), to);
-        if (p.lse != nullptr)
-          p.lse[p.lse_layout.offset(p.query_start_loc, u.request, tok, head)] = total.lse;
-        write_max_logit(p, u.request, tok, head, state);
+      for (int g = 0; g < this->members; ++g, ++i) {
+        if (p.maps == 2 && !p.differential.writes_maps) {
+          write_pair<Out>(self, i, {tok, u.kv_head, g});
+          continue;
+        }
+        for (int map = 0; map < p.maps; ++map) {
+          const int head = p.head(u.kv_head, map * this->members + g);
+          write_map(self, map * map_rows + i, tok, head,
+                    static_cast<Out*>(p.out) +
+                        p.out_layout.offset(p.query_start_loc, u.request, tok, head));
+        }
       }
     }
+  }
+  float* branch_acc(int r, int branch) const {
+    return acc + std::int64_t{r} * dv_padded + branch * this->branch_columns;
+  }
+
+  /// Finishes row r; its columns go to `to`.
+  template <typename Out, typename Self>
+  ATTEND_INLINE void write_map(Self& self, int r, int tok, int head, Out* to) const {
+    const RowTotal total = finish_state(p, u.request, tok, head, {m[r], l[r], self.full_sum(r)});
+    scale_channels(p, u.kv_head, branch_acc(r, 0));
+    for (int b = 0; b < p.branches; ++b)
+      write_row(p, branch_acc(r, b), branch_total(p, u.request, u.kv_head, b, total),
+                self.paired_columns(), to + b * p.head_dim_v);
+  }
+
+  /// Finishes row i of both maps; the output is what they become.
+  template <typename Out, typename Self>
+  ATTEND_NOINLINE void write_pair(Self& self, int i, PairAt at) const {
+    PairMaps maps;
+    for (int map = 0; map < 2; ++map)
+      write_map(self, map * map_rows + i, at.tok,
+                p.head(u.kv_head, map * this->members + at.member), maps.of[map]);
+    combine_pair<Out>(p, u.request, at, maps);
   }
 
   /// Sum of a row's weights before they were rounded.
@@ -653,42 +662,32 @@ struct UnitRunner : UnitState<T, K, V> {
   /// Stores the state as the unit's partials number `index`.
   template <typename Self>
   void store_partials(Self& self, std::int64_t index, float* partials) const {
-    const std::int64_t width = plan::partial_row_floats(p.head_dim_v);
-    const bool paired = self.paired_columns();
-    float* to = partials + (u.partial_slot + index * u.partial_stride) * width;
-    for (int r = 0; r < rows; ++r, to += width) {
-      to[0] = m[r];
-      to[1] = l[r];
-      to[2] = self.full_sum(r);
-      float* columns = to + plan::kPartialHeader;
-      const float* from = acc + std::int64_t{r} * dv_padded;
-      if (l[r] == 0.0F) {
-        std::memset(columns, 0, sizeof(float) * p.head_dim_v);
-      } else if (paired) {
-        for (int c = 0; c < p.head_dim_v; c += 2 * Simd::kLanes)
-          Simd::narrow_pairs(columns + c, Simd::load(from + c),
-                             Simd::load(from + c + Simd::kLanes));
-      } else {
-        std::memcpy(columns, from, sizeof(float) * p.head_dim_v);
+    const std::int64_t width = plan::partial_row_floats(p.value_width());
+    float* first = partials + (u.partial_slot + index * u.partial_stride) * width;
+    for (int map = 0; map < p.maps; ++map) {
+      int r = map * map_rows;
+      for (int row = map * this->members, i = 0; i < this->own_rows(); row += p.group_size) {
+        for (int g = 0; g < this->members; ++g, ++i, ++r) {
+          float* to = first + (row + g) * width;
+          to[0] = m[r];
+          to[1] = l[r];
+          to[2] = self.full_sum(r);
+          for (int b = 0; b < p.branches; ++b)
+            store_columns(branch_acc(r, b), l[r], self.paired_columns(),
+                          to + plan::kPartialHeader + b * p.head_dim_v);
+        }
       }
     }
   }
-
-  /// Visible keys of a unit's first piece, relative to it; none if it has more rows than decode.
-  KeyRange first_range(const WorkUnit& unit, int max_rows) const {
-    if ((unit.q_end - unit.q_begin) * p.group_size > max_rows) return {0, 0};
-    const int base = unit.piece_begin * kPieceSize;
-    KeyRange range{kPieceSize, 0};
-    int own = unit.request;
-    for (int i = unit.q_begin; i < unit.q_end; ++i) {
-      const int tok = p.query_start_loc[unit.request] + i;
-      while (tok >= p.query_start_loc[own + 1]) ++own;
-      const KeyRange visible = visible_keys(p, own, this->position(own, tok));
-      const int begin = visible.lo - base, end = visible.hi - base;
-      range.lo = begin < range.lo ? begin : range.lo;
-      range.hi = end > range.hi ? end : range.hi;
+  void store_columns(const float* from, float sum, bool paired, float* to) const {
+    if (sum == 0.0F) {
+      std::memset(to, 0, sizeof(float) * p.head_dim_v);
+    } else if (paired) {
+      for (int c = 0; c < p.head_dim_v; c += 2 * Simd::kLanes)
+        Simd::narrow_pairs(to + c, Simd::load(from + c), Simd::load(from + c + Simd::kLanes));
+    } else {
+      std::memcpy(to, from, sizeof(float) * p.head_dim_v);
     }
-    return {range.lo < 0 ? 0 : range.lo, range.hi > kPieceSize ? kPieceSize : range.hi};
   }
 
   /// Points at the rows of a piece, or, if the unit has no more, at those of the first piece of the
@@ -700,12 +699,14 @@ struct UnitRunner : UnitState<T, K, V> {
     if (!own && (following == nullptr || !self.fetches())) return;
     const WorkUnit& unit = own ? u : *following;
     const int base = (own ? piece : unit.piece_begin) * kPieceSize;
-    next_range = own ? piece_range(0, rows, base) : first_range(unit, Self::kTile);
+    next_range = own ? piece_range(0, rows, base) : this->first_range(unit, Self::kTile);
     if (next_range.lo >= next_range.hi) return;
-    point_rows(unit, next_range, base);
-    if (p.k_scale != nullptr) fetch_scales(unit, p.k_scale, p.k_scale_strides, next_range, base);
-    if (p.v_scale != nullptr) fetch_scales(unit, p.v_scale, p.v_scale_strides, next_range, base);
-    fetch_coded_scales(next_range);
+    this->point_rows(unit, next_range, base);
+    if (p.k_scale != nullptr)
+      this->fetch_scales(unit, p.k_scale, p.k_scale_strides, next_range, base);
+    if (p.v_scale != nullptr)
+      this->fetch_scales(unit, p.v_scale, p.v_scale_strides, next_range, base);
+    this->fetch_coded_scales(next_range);
     has_next = true;
   }
 
@@ -719,34 +720,14 @@ struct UnitRunner : UnitState<T, K, V> {
     }
     next = {has_next ? next_k_rows : stored_k_rows,
             has_next ? next_v_rows : stored_v_rows,
-            row_step(),
+            p.branches,
+            this->row_step(),
             p.head_dim_v,
             range.lo,
             range.hi,
             p.values_in_keys ? 0 : range.hi,
             s,
-            has_next ? range.lo : kPieceSize};
-  }
-
-  /// State of row r in memory that outlives the call.
-  float* carried(int r) const {
-    const std::int64_t num_heads = std::int64_t{p.carry_heads};
-    return p.carry +
-           (this->token(r) * num_heads + this->head(r)) * (p.head_dim_v + plan::kCarryHeader);
-  }
-  void load_carry() {
-    if (p.resumes == nullptr || !p.resumes[u.request]) return;
-    for (int r = 0; r < rows; ++r) {
-      const float* from = carried(r);
-      m[r] = from[0];
-      l[r] = from[1];
-      std::memcpy(acc + std::int64_t{r} * dv_padded, from + plan::kCarryHeader,
-                  sizeof(float) * p.head_dim_v);
-    }
-  }
-  void store_carry() const {
-    for (int r = 0; r < rows; ++r)
-      keep_state(p, m[r], l[r], acc + std::int64_t{r} * dv_padded, carried(r));
+            has_next ? range.lo : p.branches * kPieceSize};
   }
 
   template <typename Self>
@@ -754,7 +735,7 @@ struct UnitRunner : UnitState<T, K, V> {
     const InPhase own(clock, Phase::rows);
     load_queries(self);
     const bool stores = u.partial_slot >= 0, merges = u.partial_stride == 0;
-    if (p.carry != nullptr && !stores) load_carry();
+    if (p.carry != nullptr && !stores) this->load_carry();
     point_next(self, u.piece_begin);
     for (int piece = u.piece_begin; piece < u.piece_end; ++piece) {
       this->enter(Phase::pack);
@@ -774,7 +755,7 @@ struct UnitRunner : UnitState<T, K, V> {
     }
     this->enter(stores ? Phase::merge : Phase::rows);
     if (!stores && p.keeps_state) {
-      store_carry();
+      this->store_carry();
     } else if (!stores) {
       write_outputs(self);
     } else if (merges) {
