@@ -7,6 +7,12 @@ function(attend_compile_options target)
     $<$<CXX_COMPILER_ID:GNU>:-Wno-maybe-uninitialized>)
 endfunction()
 
+# attend_optimise_less(TARGET): for programs and tests, which spend their time in the library: their
+# own code compiles in two thirds of the time.
+function(attend_optimise_less target)
+  target_compile_options(${target} PRIVATE $<$<CONFIG:Release>:-O1>)
+endfunction()
+
 # attend_sources(FILES...): adds files of the current folder to the library.
 function(attend_sources)
   set(files ${ARGN})
@@ -80,6 +86,7 @@ function(attend_tests AREA)
   target_include_directories(${target} PRIVATE ${PROJECT_SOURCE_DIR}/src ${PROJECT_SOURCE_DIR}/tests
                                                ${PROJECT_BINARY_DIR}/generated)
   attend_compile_options(${target})
+  attend_optimise_less(${target})
   set_target_properties(${target} PROPERTIES RUNTIME_OUTPUT_DIRECTORY ${PROJECT_BINARY_DIR}/tests)
   add_test(NAME ${AREA} COMMAND ${target})
 endfunction()

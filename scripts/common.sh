@@ -57,6 +57,16 @@ and build with: cmake --preset release && cmake --build --preset release" 2
   "${as_root[@]}" install -y --no-install-recommends "${missing[@]}" </dev/null >/dev/null
 }
 
+# need_python REASON: a python3 that makes environments and has its headers.
+need_python() {
+  need_packages "$1" python3
+  python3 -c 'import ensurepip' 2>/dev/null || need_packages "$1" python3-venv
+  python3 - <<'END' || need_packages "$1" python3-dev
+import os, sys, sysconfig
+sys.exit(not os.path.exists(os.path.join(sysconfig.get_paths()["include"], "Python.h")))
+END
+}
+
 need_build_packages() { need_packages "to build the library and its tests" "${build_packages[@]}"; }
 
 # build_preset PRESET [TARGET...]: configures and builds into build/PRESET.
@@ -65,6 +75,16 @@ build_preset() {
   shift
   cmake --preset "$preset" --log-level=WARNING >/dev/null
   cmake --build "build/$preset" --parallel "$jobs" ${1:+--target "$@"}
+}
+
+# pip of .venv; without the lines about indexes that the machine is set up for and does not have.
+venv_pip() { .venv/bin/python -m pip --disable-pip-version-check "$@" 2> >(grep -v 'is ignored: it is neither' >&2); }
+
+# install_package [SETTING...]: the package into .venv, with settings for scikit-build-core. The compiler's name is the
+# one that presets use, so that ccache has every object file of build/release already.
+install_package() {
+  CXX=${CXX:-c++} CMAKE_BUILD_PARALLEL_LEVEL=$jobs venv_pip install --quiet --no-build-isolation --no-deps \
+    --force-reinstall "${@/#/--config-settings=}" .
 }
 
 # Files of the project, tracked or new, that match the patterns; works whoever owns the checkout.

@@ -85,6 +85,26 @@ TEST(BenchCommand, JsonHasTheStableKeys) {
   EXPECT_FALSE(c.contains("parts"));
 }
 
+TEST(BenchCommand, DifferentialAttentionIsComparedWithFourCallsAndPlainAttention) {
+  EXPECT_THAT(listed("diff_*"), IsSupersetOf({"diff_decode_d64_16k", "diff_decode_fp8_d64_16k",
+                                              "diff_decode_d128_16k", "diff_prefill_d64_4k"}));
+  const CliResult r =
+      run_cli("bench --case diff_single_token_128 --seconds 0.01 --attempts 1 --json -");
+  ASSERT_EQ(r.exit_code, 0) << r.err;
+  const auto c = nlohmann::json::parse(r.out).at("cases").at(0);
+  EXPECT_EQ(c.at("verified"), true);
+  const auto& parts = c.at("parts");
+  ASSERT_EQ(parts.size(), 3U);
+  const auto seconds = [&](std::size_t i, const char* name) {
+    EXPECT_EQ(parts.at(i).at("part"), name);
+    return parts.at(i).at("seconds").get<double>() / c.at("seconds").get<double>();
+  };
+  EXPECT_DOUBLE_EQ(c.at("speedup_over_four_calls"), seconds(0, "four calls"));
+  EXPECT_DOUBLE_EQ(c.at("time_over_plain"), 1.0 / seconds(1, "plain"));
+  EXPECT_DOUBLE_EQ(c.at("time_over_plain_exact"), 1.0 / seconds(2, "plain, exact"));
+  EXPECT_FALSE(c.contains("parts_over_whole"));
+}
+
 /// The one explanation of `attend bench --explain` of a case, shortly measured.
 nlohmann::json explained(const std::string& name) {
   const CliResult r = run_cli("bench --explain " + name + " --seconds 0.01 --attempts 1 --json -");

@@ -194,6 +194,23 @@ TEST(ReplayCommand, IndexTopkReplacesThatOfTheModel) {
   EXPECT_EQ(run_cli(sparse + "--kv-cache-dtype fp8_e4m3").exit_code, 2);
 }
 
+TEST(ReplayCommand, ModelsWithDifferentialAttention) {
+  const std::string help = run_cli("replay --help").out;
+  for (const std::string model : {"phi-4-mini-flash", "diffllama"}) {
+    EXPECT_THAT(help, HasSubstr(model));
+    const CliResult r = run_cli(kSmall + "--layers 4 --check 20 --json - --model " + model);
+    ASSERT_EQ(r.exit_code, 0) << r.err;
+    const auto j = nlohmann::json::parse(r.out);
+    EXPECT_EQ(j.at("backend"), "DIFFERENTIAL_FLASH_ATTN");
+    EXPECT_EQ(j.at("check").at("failed"), 0);
+    EXPECT_EQ(run_cli(kSmall + "--kv-cache-dtype int8_level2 --model " + model).exit_code, 2);
+    EXPECT_EQ(run_cli("calibrate synthetic --output none.st --model " + model).exit_code, 2);
+  }
+  const CliResult r = run_cli(kSmall + "--model phi-4-mini-flash --layers 17");
+  EXPECT_EQ(r.exit_code, 2);
+  EXPECT_THAT(r.err, HasSubstr("from 1 to 16"));
+}
+
 TEST(ReplayCommand, ScalesThatDoNotFitAreOneLineAndExitCodeTwo) {
   const CalibratedScales scales("--layers 2");
   const std::string level1 = kSmall + "--kv-cache-dtype int8_level1 ";

@@ -46,14 +46,15 @@ TEST(SelectCommand, NothingFitsIsExitCode1WithEveryReason) {
 TEST(SelectCommand, EveryOptionReachesTheConfiguration) {
   const CliResult r = run_cli(
       "select --platform rocm:gfx942 --head-size 64 --dtype f16 --kv-cache-dtype fp8 "
-      "--block-size 32 --mla --sparse --sink --attn-type encoder --alibi-sqrt --non-causal "
+      "--block-size 32 --mla --sparse --differential --sink --attn-type encoder --alibi-sqrt "
+      "--non-causal "
       "--batch-invariant --per-head-quant-scales --mm-prefix --kv-connector --json -");
   EXPECT_EQ(r.exit_code, 1);
   const auto j = nlohmann::json::parse(r.out);
   EXPECT_EQ(j.at("config"), nlohmann::json::parse(R"({
     "platform": "rocm:gfx942", "head_size": 64, "dtype": "f16", "kv_cache_dtype": "fp8",
     "block_size": 32, "attn_type": "encoder", "use_mla": true, "use_sparse": true,
-    "has_sink": true, "use_alibi_sqrt": true, "use_non_causal": true, "batch_invariant": true,
+    "use_differential": true, "has_sink": true, "use_alibi_sqrt": true, "use_non_causal": true, "batch_invariant": true,
     "use_per_head_quant_scales": true, "use_mm_prefix": true, "use_kv_connector": true})"));
   EXPECT_TRUE(j.at("backend").is_null());
   EXPECT_TRUE(j.at("also_valid").is_array());

@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The functions of attend's other modules with hostile arguments, as test_hostile.py does with attend.ops."""
+
+from __future__ import annotations
+
+import faulthandler
+import importlib
+import inspect
+import os
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from test_hostile import BLOCK, BLOCKS, HKV, HQ, PLAUSIBLE, SECONDS, B, D, Liar, T, Thrower, changed, f32, hostile, i32
+
+import attend
+
+EXAMPLES = int(os.environ.get("ATTEND_HOSTILE_EXAMPLES", "60")) // 2
+NATIVE = ["backends", "batch", "cache", "compat", "oracle", "torch"]
+COMPAT = ["deep_gemm", "flash_attn", "flash_attn_3", "flash_mla", "flashinfer", "vllm_flash_attn", "vllm_ops"]
+#: Parameters that other libraries have, or mean otherwise.
+ELSEWHERE = {
+    "cu_seqlens_q": lambda: i32([0, 2, 3]),
+    "cu_seqlens_k": lambda: i32([0, 2, 3]),
+    "max_seqlen_q": lambda: 2,
+    "max_seqlen_k": lambda: 2,
+    "qo_indptr": lambda: i32([0, 2, 3]),
+    "kv_indptr": lambda: i32([0, 1, 2]),
+    "kv_indices": lambda: i32([3, 1]),
+    "kv_last_page_len": lambda: i32([2, 1]),
+    "append_indptr": lambda: i32([0, 2, 3]),
+    "batch_indices": lambda: i32([0, 0, 1]),
+    "append_key": lambda: f32(T, HKV, D),
+    "append_value": lambda: f32(T, HKV, D),
+    "paged_kv_cache": lambda: f32(BLOCKS, 2, BLOCK, HKV, D),
+    "nnz": lambda: 3,
+    "page_size": lambda: BLOCK,
+    "v_a": lambda: f32(T, HQ, D),
+    "v_b": lambda: f32(T, HQ, D),
+    "v_other": lambda: f32(T, HQ, D),
+    "out_partial": lambda: f32(2, T, HQ, D),
+    "lse_partial": lambda: f32(2, T, HQ),
+    "qkv": lambda: f32(B, T, 3, HQ, D),
+    "softmax_scale": lambda: 0.25,
+}
+BATCHED = {
+    "q": lambda: f32(B, T, HQ, D),
+    "k": lambda: f32(B, BLOCK, HKV, D),
+    "v": lambda: f32(B, BLOCK, HKV, D),
+    "kv": lambda: f32(B, T, 2, HKV, D),
+}
+
+
+def functions():
+    found = {}
+    for module in COMPAT:
+        m = importlib.import_module(f"attend.compat.{module}")
+        found.update({f"{module}.{n}": getattr(m, n) for n in m.__all__ if inspect.isfunction(getattr(m, n))})
+    for module in NATIVE:
+        m = importlib.import_module(f"attend.{module}")
+        found.update({f"{module}.{n}": getattr(m, n) for n in m.__all__ if inspect.isfunction(getattr(m, n))})
+    return found
+
+
+FUNCTIONS = functions()
+
+
+def named_parameters(name):
+    """All but *args and **kwargs."""
+    parameters = inspect.signature(FUNCTIONS[name]).parameters
+    return {n: p for n, p in parameters.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+
+
+def plausible(name):
+    """Arguments of a plausible call; a wrong guess is refused, which is tested as well."""
+    function = name.split(".")[-1]
+    special = BATCHED if name.startswith("flash_attn") and "varlen" not in name else {}
+    arguments = {}
+    for p in named_parameters(name).values():
+        if p.default is inspect.Parameter.empty:
+            make = special.get(p.name) or ELSEWHERE.get(p.name) or PLAUSIBLE.get(p.name) or (lambda: f32(T, HQ))
+            arguments[p.name] = make()
+    if function == "flash_attn_with_kvcache":
+        arguments["q"] = f32(B, T, HQ, D)
+    return arguments
+
+
+def to_torch(value):
+    """Other libraries' functions get their tensors, where numpy's array can be one."""
+    try:
+        return torch.from_numpy(value.copy()) if isinstance(value, np.ndarray) else value
+    except (TypeError, ValueError):
+        return value
+
+
+def call(name, arguments):
+    """True if it returned, False if it raised one of attend.errors; fails on anything else."""
+    if name.split(".")[0] not in NATIVE or name.startswith("torch."):
+        arguments = {n: to_torch(v) for n, v in arguments.items()}
+    faulthandler.dump_traceback_later(SECONDS, exit=True)
+    try:
+        FUNCTIONS[name](**arguments)
+        return True
+    except attend.errors.Error as error:
+        assert str(error).startswith("["), f"{error} names no function"
+        return False
+    except Exception as error:
+        if str(error) in ("no repr", "no index", "no float"):  # of the argument's own
+            return False
+        shapes = {n: (v.shape, v.dtype) if hasattr(v, "shape") else repr(type(v)) for n, v in arguments.items()}
+        raise AssertionError(f"{name}: {error!r} is none of attend.errors, with {shapes}") from error
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+
+
+@pytest.fixture(autouse=True)
+def somewhere_else(tmp_path, monkeypatch):
+    """Functions that write files may find a name acceptable."""
+    monkeypatch.chdir(tmp_path)
+
+
+@st.composite
+def calls(draw, name):
+    arguments = plausible(name)
+    parameters = named_parameters(name)
+    for target in draw(st.lists(st.sampled_from(list(parameters)), max_size=3, unique=True)) if parameters else ():
+        if target.startswith("return_") or isinstance(parameters[target].default, bool):
+            arguments[target] = draw(st.booleans())  # as Python does, whatever has a truth value would do
+            continue
+        before = arguments.get(target)
+        arguments[target] = draw(changed(before) if draw(st.booleans()) and before is not None else hostile)
+    return arguments
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_hostile_arguments(name):
+    @settings(
+        max_examples=EXAMPLES, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
+    )
+    @given(calls(name))
+    def check(arguments):
+        call(name, arguments)
+
+    check()
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_every_argument_in_turn(name):
+    values = [np.array([None], object), object(), Liar(), Thrower(), torch.ones(2, requires_grad=True), 1j, [[]]]
+    for parameter, p in named_parameters(name).items():
+        for value in () if parameter.startswith("return_") or isinstance(p.default, bool) else values:
+            call(name, {**plausible(name), parameter: value})
+
+
+def test_plausible_calls_of_attention_succeed():
+    for name in ("flash_attn.flash_attn_func", "flash_attn.flash_attn_varlen_func", "flash_attn_3.flash_attn_func",
+                 "flash_attn_3.flash_attn_combine", "flashinfer.get_seq_lens", "oracle.flash_attn_varlen"):  # fmt: skip
+        arguments = plausible(name)
+        if name == "oracle.flash_attn_varlen":
+            arguments["cu_seqlens_kv"] = i32([0, 2, 3])
+        assert call(name, arguments), name
