@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import importlib.util
 import sys
 import types
@@ -38,6 +39,25 @@ def test_foreign_imports_find_our_functions(installed):
     assert flash_attn is module and flash_attn.__version__.startswith("2.")
     assert flash_attn_func is importlib.import_module("attend.compat.flash_attn").flash_attn_func
     assert flash_attn_varlen_func is flash_attn.flash_attn_interface.flash_attn_varlen_func
+
+
+def test_clients_that_ask_for_a_version_find_it(installed):
+    version = installed("flash_attn").__version__
+    for spelling in ("flash-attn", "flash_attn", "Flash.Attn"):
+        assert importlib.metadata.version(spelling) == version
+    assert importlib.metadata.packages_distributions()["flash_attn"] == ["flash-attn"]
+    compat.uninstall("flash_attn")
+    with pytest.raises(importlib.metadata.PackageNotFoundError):
+        importlib.metadata.version("flash_attn")
+
+
+def test_a_distribution_on_disk_comes_first(installed, tmp_path, monkeypatch):
+    there = tmp_path / "flash_attn-2.3.4.dist-info"
+    there.mkdir()
+    (there / "METADATA").write_text("Metadata-Version: 2.1\nName: flash-attn\nVersion: 2.3.4\n")
+    installed("flash_attn")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert importlib.metadata.version("flash-attn") == "2.3.4"
 
 
 @pytest.mark.parametrize("name", compat.installable())

@@ -12,6 +12,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 from ..errors import Error, InvalidArgument
+from ._distributions import Finder
 
 __all__ = ["install", "installable", "uninstall"]
 
@@ -19,6 +20,7 @@ __all__ = ["install", "installable", "uninstall"]
 _MODULES = {
     "deep_gemm": "deep_gemm",
     "flash_attn": "flash_attn",
+    "flash_attn.bert_padding": "flash_attn_bert_padding",
     "flash_attn.flash_attn_interface": "flash_attn",
     "flash_attn_3": "flash_attn_3",
     "flash_attn_interface": "flash_attn_3",
@@ -32,6 +34,7 @@ _MODULES = {
 _installed: dict[str, ModuleType] = {}
 #: What install() replaced by force.
 _replaced: dict[str, ModuleType] = {}
+_finder = Finder()
 
 
 def installable() -> list[str]:
@@ -49,6 +52,8 @@ def _names(name: str) -> list[str]:
 
 def install(name: str, *, force: bool = False) -> ModuleType:
     """Makes `import name` give our module with that library's functions, for the whole process.
+
+    `importlib.metadata.version()` gives the version whose interface that is, where the library has one.
 
     Args:
         name: one of installable(), e.g. "flash_attn" or "vllm.vllm_flash_attn".
@@ -82,11 +87,13 @@ def install(name: str, *, force: bool = False) -> ModuleType:
         parent, _, child = module.rpartition(".")
         if parent in sys.modules:
             setattr(sys.modules[parent], child, stand_in)
+    _finder.add(name, sys.modules[name].__version__)
     return sys.modules[name]
 
 
 def uninstall(name: str) -> None:
     """Takes away what install() put there and puts back what it replaced; nothing if something else is there by now."""
+    _finder.remove(name)
     for module in _names(name):
         stand_in = _installed.pop(module, None)
         before = _replaced.pop(module, None)
