@@ -3,6 +3,7 @@
 // from float64 the fast one is.
 #include <gmock/gmock.h>
 
+#include <algorithm>
 #include <cmath>
 #include <string>
 
@@ -70,7 +71,8 @@ struct Problem {
     } else if (dtype == DType::fp8_e5m2) {
       for (fp8_e5m2& x : t.as<fp8_e5m2>()) x = to_fp8_e5m2(rng.normal());
     } else if (dtype == DType::i8) {
-      for (std::int8_t& x : t.as<std::int8_t>()) x = static_cast<std::int8_t>(40 * rng.normal());
+      for (std::int8_t& x : t.as<std::int8_t>())
+        x = static_cast<std::int8_t>(std::clamp(40 * rng.normal(), -127.0F, 127.0F));
     } else {
       t.fill_normal(rng);
     }

@@ -104,6 +104,7 @@ class BasicTensorView {
 
  private:
   Ptr* offset(std::int64_t elements) const noexcept {
+    if (data == nullptr) return nullptr;  // views of an empty tensor
     using Byte = std::conditional_t<std::is_const_v<Ptr>, const std::byte, std::byte>;
     return static_cast<Byte*>(data) + elements * static_cast<std::int64_t>(size_of(dtype));
   }

@@ -44,12 +44,12 @@ struct Dot {
       return total;
     });
   }
-  /// Rounds numbers of [0, 127] to nearest even and stores them as bytes; NaN gives 0. Returns them
-  /// as floats.
+  /// Rounds numbers of [0, 127] to nearest even and stores them as bytes; NaN gives 0, larger ones,
+  /// which stand beside a NaN, any byte. Returns them as floats.
   ATTEND_INLINE static Simd::F store_rounded(std::uint8_t* to, Simd::F x) {
     return Simd::map([&](int i) {
       const float rounded = x.v[i] >= 0.0F ? __builtin_rintf(x.v[i]) : 0.0F;
-      to[i] = static_cast<std::uint8_t>(rounded);
+      to[i] = static_cast<std::uint8_t>(rounded < 255.0F ? rounded : 255.0F);
       return rounded;
     });
   }
