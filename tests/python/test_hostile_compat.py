@@ -19,7 +19,8 @@ import attend
 
 EXAMPLES = int(os.environ.get("ATTEND_HOSTILE_EXAMPLES", "60")) // 2
 NATIVE = ["backends", "batch", "cache", "compat", "oracle", "torch"]
-COMPAT = ["deep_gemm", "flash_attn", "flash_attn_3", "flash_mla", "flashinfer", "vllm_flash_attn", "vllm_ops"]
+COMPAT = ["deep_gemm", "flash_attn", "flash_attn_3", "flash_attn_bert_padding", "flash_mla", "flashinfer"]
+COMPAT += ["vllm_flash_attn", "vllm_ops"]
 #: Parameters that other libraries have, or mean otherwise.
 ELSEWHERE = {
     "cu_seqlens_q": lambda: i32([0, 2, 3]),
@@ -44,6 +45,13 @@ ELSEWHERE = {
     "lse_partial": lambda: f32(2, T, HQ),
     "qkv": lambda: f32(B, T, 3, HQ, D),
     "softmax_scale": lambda: 0.25,
+    "input": lambda: f32(T, HQ, D),
+    "values": lambda: f32(2, HQ, D),
+    "indices": lambda: i32([2, 0]),
+    "first_axis_dim": lambda: 4,
+    "hidden_states": lambda: f32(B, T, HQ, D),
+    "attention_mask": lambda: i32([[1] * T] * B),
+    "attention_mask_in_length": lambda: i32([[2] + [0] * (T - 1)] * B),
 }
 BATCHED = {
     "q": lambda: f32(B, T, HQ, D),
@@ -156,7 +164,8 @@ def test_every_argument_in_turn(name):
 
 def test_plausible_calls_of_attention_succeed():
     for name in ("flash_attn.flash_attn_func", "flash_attn.flash_attn_varlen_func", "flash_attn_3.flash_attn_func",
-                 "flash_attn_3.flash_attn_combine", "flashinfer.get_seq_lens", "oracle.flash_attn_varlen"):  # fmt: skip
+                 "flash_attn_3.flash_attn_combine", "flashinfer.get_seq_lens", "flash_attn_bert_padding.unpad_input",
+                 "flash_attn_bert_padding.index_put_first_axis", "oracle.flash_attn_varlen"):  # fmt: skip
         arguments = plausible(name)
         if name == "oracle.flash_attn_varlen":
             arguments["cu_seqlens_kv"] = i32([0, 2, 3])

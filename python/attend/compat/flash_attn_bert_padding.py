@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .._tensors import require
+from .._tensors import require, require_integer
 from ._flash import invalid
 
 if TYPE_CHECKING:
@@ -26,16 +26,28 @@ def _require_torch(function: str, **tensors: Any) -> None:
     for name, tensor in tensors.items():
         if not isinstance(tensor, torch.Tensor):
             raise invalid(function, name, "a torch.Tensor", type(tensor).__name__)
+        if tensor.device.type != "cpu" or tensor.layout != torch.strided or tensor.is_quantized:
+            raise invalid(
+                function, name, "a dense tensor on the CPU", f"{tensor.layout} {tensor.dtype} {tensor.device}"
+            )
 
 
-def _require_rows(function: str, argument: str, indices: torch.Tensor, rows: int) -> None:
+def _require_rows(function: str, indices: torch.Tensor, rows: int) -> None:
     import torch
 
-    require(function, argument, indices, 1)
+    require(function, "indices", indices, 1)
     if indices.dtype not in (torch.int64, torch.int32):
-        raise invalid(function, argument, "int64 or int32", indices.dtype)
+        raise invalid(function, "indices", "int64 or int32", indices.dtype)
     if len(indices) and (int(indices.min()) < 0 or int(indices.max()) >= rows):
-        raise invalid(function, argument, f"rows in [0, {rows})", f"{int(indices.min())} to {int(indices.max())}")
+        raise invalid(function, "indices", f"rows in [0, {rows})", f"{int(indices.min())} to {int(indices.max())}")
+
+
+def _require_mask(function: str, argument: str, mask: torch.Tensor) -> None:
+    import torch
+
+    require(function, argument, mask, 2)
+    if mask.dtype not in (torch.bool, torch.uint8, torch.int8, torch.int32, torch.int64):
+        raise invalid(function, argument, "bool or integers", mask.dtype)
 
 
 def index_first_axis(input: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
@@ -51,7 +63,7 @@ def index_first_axis(input: torch.Tensor, indices: torch.Tensor) -> torch.Tensor
     _require_torch("index_first_axis", input=input, indices=indices)
     if input.ndim < 2:
         raise invalid("index_first_axis", "input", "at least 2 dimensions", tuple(input.shape))
-    _require_rows("index_first_axis", "indices", indices, input.shape[0])
+    _require_rows("index_first_axis", indices, input.shape[0])
     return input.index_select(0, indices)
 
 
@@ -69,7 +81,8 @@ def index_put_first_axis(values: torch.Tensor, indices: torch.Tensor, first_axis
     _require_torch("index_put_first_axis", values=values, indices=indices)
     if values.ndim < 2:
         raise invalid("index_put_first_axis", "values", "at least 2 dimensions", tuple(values.shape))
-    _require_rows("index_put_first_axis", "indices", indices, first_axis_dim)
+    require_integer("index_put_first_axis", "first_axis_dim", first_axis_dim, 0)
+    _require_rows("index_put_first_axis", indices, first_axis_dim)
     if len(indices) != len(values):
         raise invalid("index_put_first_axis", "indices", f"[{len(values)}], one for each row of values", len(indices))
     output = values.new_zeros((first_axis_dim, *values.shape[1:]))
@@ -89,6 +102,11 @@ def pad_input(hidden_states: torch.Tensor, indices: torch.Tensor, batch: int, se
         [batch, seqlen, ...], new.
     """
     _require_torch("pad_input", hidden_states=hidden_states, indices=indices)
+    require_integer("pad_input", "batch", batch, 0)
+    require_integer("pad_input", "seqlen", seqlen, 0)
+    if hidden_states.ndim < 2 or len(hidden_states) != indices.numel():
+        raise invalid("pad_input", "hidden_states", f"[{indices.numel()}, ...], as indices", tuple(hidden_states.shape))
+    _require_rows("pad_input", indices, batch * seqlen)
     output = index_put_first_axis(hidden_states, indices, batch * seqlen)
     return output.unflatten(0, (batch, seqlen))
 
@@ -100,6 +118,7 @@ def _unpad(function: str, hidden_states: torch.Tensor, kept: torch.Tensor, used:
     if hidden_states.ndim < 3 or tuple(hidden_states.shape[:2]) != tuple(kept.shape):
         shape = f"[{kept.shape[0]}, {kept.shape[1]}, ...], as attention_mask"
         raise invalid(function, "hidden_states", shape, tuple(hidden_states.shape))
+    kept = kept != 0
     counts = kept.sum(dim=-1, dtype=torch.int32)
     indices = kept.flatten().nonzero().flatten()
     starts = torch.nn.functional.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))
@@ -124,15 +143,16 @@ def unpad_input(
     import torch
 
     _require_torch("unpad_input", hidden_states=hidden_states, attention_mask=attention_mask)
-    require("unpad_input", "attention_mask", attention_mask, 2)
+    _require_mask("unpad_input", "attention_mask", attention_mask)
     kept = attention_mask
     if unused_mask is not None:
         _require_torch("unpad_input", unused_mask=unused_mask)
+        _require_mask("unpad_input", "unused_mask", unused_mask)
         if unused_mask.shape != attention_mask.shape:
             raise invalid("unpad_input", "unused_mask", tuple(attention_mask.shape), tuple(unused_mask.shape))
-        kept = attention_mask + unused_mask
+        kept = (attention_mask != 0) | (unused_mask != 0)
     used = attention_mask.sum(dim=-1, dtype=torch.int32)
-    return _unpad("unpad_input", hidden_states, kept != 0, used)
+    return _unpad("unpad_input", hidden_states, kept, used)
 
 
 def unpad_input_for_concatenated_sequences(
@@ -151,7 +171,7 @@ def unpad_input_for_concatenated_sequences(
 
     name = "unpad_input_for_concatenated_sequences"
     _require_torch(name, hidden_states=hidden_states, attention_mask_in_length=attention_mask_in_length)
-    require(name, "attention_mask_in_length", attention_mask_in_length, 2)
+    _require_mask(name, "attention_mask_in_length", attention_mask_in_length)
     seqlen = attention_mask_in_length.shape[1]
     tokens = attention_mask_in_length.sum(dim=-1)
     if len(tokens) and (int(attention_mask_in_length.min()) < 0 or int(tokens.max()) > seqlen):
