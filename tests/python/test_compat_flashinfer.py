@@ -329,3 +329,40 @@ def test_flags_and_rows_are_named():
     assert "'return_lse'" in error_of(InvalidType, lambda: wrapper.run(q, k, k, return_lse="x"))
     assert "argument 'k'" in error_of(InvalidArgument, lambda: wrapper.run(q, k[:, :1], k))
     assert "argument 'v'" in error_of(InvalidArgument, lambda: wrapper.run(q, k, k[:2]))
+
+
+def test_single_prefill_speaks_of_its_own_arguments():
+    q, k = torch.randn(3, 4, 16), torch.randn(5, 2, 16)
+    cases = {
+        "q": lambda: fi.single_prefill_with_kv_cache(q[:, :3], k, k),
+        "scale_q": lambda: fi.single_prefill_with_kv_cache(q, k, k, scale_q="x"),
+        "o_dtype": lambda: fi.single_prefill_with_kv_cache(q, k, k, o_dtype=torch.float16),
+        "k": lambda: fi.single_prefill_with_kv_cache(q, k.half(), k.half()),
+        "custom_mask": lambda: fi.single_prefill_with_kv_cache(q, k, k, custom_mask=torch.ones(3, 5) > 0),
+    }
+    for argument, call in cases.items():
+        with pytest.raises(Error) as error:
+            call()
+        assert str(error.value).startswith(f"[single_prefill_with_kv_cache] argument '{argument}'"), error.value
+
+
+def test_types_that_no_run_could_take_are_refused_by_the_plan():
+    wrapper = fi.BatchPrefillWithRaggedKVCacheWrapper(torch.empty(0))
+    starts = torch.tensor([0, 3], dtype=torch.int32)
+    for argument, types in {
+        "q_data_type": {"q_data_type": torch.int8},
+        "kv_data_type": {"q_data_type": torch.float32, "kv_data_type": torch.float16},
+    }.items():
+        with pytest.raises(Unsupported, match=f"argument '{argument}'"):
+            wrapper.plan(starts, starts, 4, 2, 16, **types)
+
+
+def test_older_names_of_run():
+    q, k = torch.randn(3, 4, 16), torch.randn(5, 2, 16)
+    wrapper = fi.BatchPrefillWithRaggedKVCacheWrapper(torch.empty(0))
+    starts = [torch.tensor([0, n], dtype=torch.int32) for n in (3, 5)]
+    wrapper.begin_forward(*starts, 4, 2, 16, causal=True, q_data_type=torch.float32)
+    out, lse = wrapper.run(q, k, k, return_lse=True)
+    for other in (wrapper.run_return_lse, wrapper.forward_return_lse):
+        assert all(torch.equal(a, b) for a, b in zip(other(q, k, k), (out, lse)))
+    assert torch.equal(wrapper.forward(q, k, k), out) and wrapper.end_forward() is None

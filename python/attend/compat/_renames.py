@@ -3,14 +3,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from types import TracebackType
 
-from ..errors import InvalidArgument, InvalidType
+from ..errors import InvalidArgument, InvalidType, Unsupported
+
+_SUBJECT = re.compile(r"\[([^]]*)\] argument '([^']*)'")
 
 
 class renamed:
-    """Names `function` and its arguments in errors of bad input; `arguments` maps our names to its names."""
+    """Names `function` and its arguments in errors about arguments; `arguments` maps our names to its names."""
 
     __slots__ = ("arguments", "function")
 
@@ -22,9 +25,16 @@ class renamed:
         pass
 
     def __exit__(self, kind: type | None, e: BaseException | None, trace: TracebackType | None) -> None:
-        if not isinstance(e, (InvalidArgument, InvalidType)):
-            return
-        argument = self.arguments.get(e.argument, e.argument)
-        text = str(e).replace(f"[{e.function}]", f"[{self.function}]", 1)
-        text = text.replace(f"argument '{e.argument}'", f"argument '{argument}'", 1)
-        raise type(e)(text, self.function, argument) from None
+        if isinstance(e, Unsupported):
+            raise Unsupported(self._text(str(e)), [self._text(reason) for reason in e.reasons]) from None
+        if isinstance(e, (InvalidArgument, InvalidType)):
+            raise type(e)(self._text(str(e)), self.function, self._name(e.argument)) from None
+
+    def _name(self, argument: str) -> str:
+        return self.arguments.get(argument, argument)
+
+    def _text(self, text: str) -> str:
+        subject = _SUBJECT.match(text)
+        if subject is None:
+            return text
+        return f"[{self.function}] argument '{self._name(subject[2])}'{text[subject.end() :]}"

@@ -174,3 +174,6 @@ class MultiLevelCascadeAttentionWrapper:
         return merge_states(torch.stack(results, 1), torch.stack(lses, 1))[0]
 
     forward = run
+
+    def end_forward(self) -> None:
+        """Does nothing: there is no state on a device to release."""

@@ -19,6 +19,7 @@ Pages = Any  # a tensor of both, or a tuple (k, v)
 
 #: Names that attend.ops gives to arguments of this library.
 NAMES = {"scale": "sm_scale", "softcap": "logits_soft_cap", "query_start_loc": "qo_indptr"}
+_FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 _BACKENDS = ("auto", "fa2", "fa3")
 
 
@@ -168,6 +169,10 @@ def make_types(function: str, q_data_type: Any, kv_data_type: Any, o_data_type: 
     """Types of queries and of the cache; results have that of the queries."""
     q_dtype = torch_dtype(function, "q_data_type", q_data_type)
     kv_dtype = q_dtype if kv_data_type is None else torch_dtype(function, "kv_data_type", kv_data_type)
+    if q_dtype not in (torch.float32, torch.float16, torch.bfloat16, *_FP8):
+        raise unsupported(function, "q_data_type", "float32, float16, bfloat16 or fp8", q_dtype)
+    if kv_dtype != q_dtype and kv_dtype not in _FP8:
+        raise unsupported(function, "kv_data_type", f"{q_dtype}, as q_data_type, or fp8", kv_dtype)
     if o_data_type is not None and torch_dtype(function, "o_data_type", o_data_type) != q_dtype:
         raise unsupported(function, "o_data_type", f"None or {q_dtype}", o_data_type)
     return q_dtype, kv_dtype

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from functools import partialmethod
 from typing import Any
 
 import torch
@@ -168,7 +169,12 @@ class BatchDecodeWithPagedKVCacheWrapper:
         options = Run(function, q_scale, k_scale, v_scale, out, lse, return_lse, window_left, sinks)
         return attend(self._plan, q, k, v, options)
 
+    run_return_lse = partialmethod(run, return_lse=True)
     forward = run
+    forward_return_lse = run_return_lse
+
+    def end_forward(self) -> None:
+        """Does nothing: there is no state on a device to release."""
 
 
 def single_decode_with_kv_cache(

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from functools import partialmethod
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ import torch
 from ..._tensors import require, require_flag, require_integer
 from ...errors import Error
 from .._flash import invalid, refuse_given, unsupported
+from .._renames import renamed
 from .common import (
     Pages,
     PageTable,
@@ -25,6 +27,21 @@ from .common import (
     split_pages,
 )
 
+#: Arguments of the wrapper in the words of single_prefill_with_kv_cache.
+_SINGLE_NAMES = {
+    "qo_indptr": "q",
+    "num_qo_heads": "q",
+    "head_dim_qk": "q",
+    "q_data_type": "q",
+    "kv_indptr": "k",
+    "num_kv_heads": "k",
+    "kv_data_type": "k",
+    "head_dim_vo": "v",
+    "o_data_type": "o_dtype",
+    "q_scale": "scale_q",
+    "k_scale": "scale_k",
+    "v_scale": "scale_v",
+}
 _PAGE_NAMES = ("paged_kv_indptr", "paged_kv_indices", "paged_kv_last_page_len")
 
 
@@ -181,7 +198,12 @@ class BatchPrefillWithPagedKVCacheWrapper:
         options = Run(function, q_scale, k_scale, v_scale, out, lse, return_lse, window_left, sinks)
         return attend(self._plan, q, k, v, options)
 
+    run_return_lse = partialmethod(run, return_lse=True)
     forward = run
+    forward_return_lse = run_return_lse
+
+    def end_forward(self) -> None:
+        """Does nothing: there is no state on a device to release."""
 
 
 class BatchPrefillWithRaggedKVCacheWrapper:
@@ -297,7 +319,12 @@ class BatchPrefillWithRaggedKVCacheWrapper:
         require(function, "v", v, 3)
         return attend(self._plan, q, k, v, Run(function, q_scale, k_scale, v_scale, out, lse, return_lse, None, sinks))
 
+    run_return_lse = partialmethod(run, return_lse=True)
     forward = run
+    forward_return_lse = run_return_lse
+
+    def end_forward(self) -> None:
+        """Does nothing: there is no state on a device to release."""
 
 
 def single_prefill_with_kv_cache(
@@ -329,25 +356,26 @@ def single_prefill_with_kv_cache(
         require(function, name, tensor, 3)
     if kv_layout == "HND":
         k, v = k.transpose(0, 1), v.transpose(0, 1)
-    wrapper = BatchPrefillWithRaggedKVCacheWrapper(torch.empty(0), backend=backend)
-    wrapper.plan(
-        torch.tensor([0, q.shape[0]], dtype=torch.int32),
-        torch.tensor([0, k.shape[0]], dtype=torch.int32),
-        q.shape[1],
-        k.shape[1],
-        q.shape[2],
-        custom_mask=custom_mask,
-        packed_custom_mask=packed_custom_mask,
-        causal=causal,
-        pos_encoding_mode=pos_encoding_mode,
-        use_fp16_qk_reduction=use_fp16_qk_reduction,
-        sm_scale=sm_scale,
-        window_left=window_left,
-        logits_soft_cap=logits_soft_cap,
-        rope_scale=rope_scale,
-        rope_theta=rope_theta,
-        q_data_type=q.dtype,
-        kv_data_type=k.dtype,
-        o_data_type=o_dtype,
-    )
-    return wrapper.run(q, k, v, q_scale=scale_q, k_scale=scale_k, v_scale=scale_v, return_lse=return_lse)
+    with renamed(function, _SINGLE_NAMES):
+        wrapper = BatchPrefillWithRaggedKVCacheWrapper(torch.empty(0), backend=backend)
+        wrapper.plan(
+            torch.tensor([0, q.shape[0]], dtype=torch.int32),
+            torch.tensor([0, k.shape[0]], dtype=torch.int32),
+            q.shape[1],
+            k.shape[1],
+            q.shape[2],
+            custom_mask=custom_mask,
+            packed_custom_mask=packed_custom_mask,
+            causal=causal,
+            pos_encoding_mode=pos_encoding_mode,
+            use_fp16_qk_reduction=use_fp16_qk_reduction,
+            sm_scale=sm_scale,
+            window_left=window_left,
+            logits_soft_cap=logits_soft_cap,
+            rope_scale=rope_scale,
+            rope_theta=rope_theta,
+            q_data_type=q.dtype,
+            kv_data_type=k.dtype,
+            o_data_type=o_dtype,
+        )
+        return wrapper.run(q, k, v, q_scale=scale_q, k_scale=scale_k, v_scale=scale_v, return_lse=return_lse)
