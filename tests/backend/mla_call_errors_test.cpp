@@ -81,7 +81,10 @@ const BadCall kBadCalls[] = {
     {"output_is_the_query", "output", [](A& a, Bench&) { a.query.data = a.output.data; }},
     {"output_in_the_cache", "output", [](A& a, Bench&) { a.output.data = a.kv_cache.data; }},
     {"output_in_the_table", "output",
-     [](A& a, Bench& b) { a.output.data = b.step.block_table.view().data; }},
+     [](A& a, Bench& b) {
+       a.output.data = b.step.block_table.view().data;
+       a.lse = {};  // which may lie behind the table, whose memory ends before the output's would
+     }},
     {"lse_dtype", "lse", [](A& a, Bench&) { a.lse.dtype = DType::i32; }},
     {"lse_rows", "lse", [](A& a, Bench&) { a.lse.shape[0] -= 1; }},
     {"lse_heads", "lse", [](A& a, Bench&) { a.lse.shape[1] = 2; }},
