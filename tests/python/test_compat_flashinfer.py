@@ -355,14 +355,3 @@ def test_types_that_no_run_could_take_are_refused_by_the_plan():
     }.items():
         with pytest.raises(Unsupported, match=f"argument '{argument}'"):
             wrapper.plan(starts, starts, 4, 2, 16, **types)
-
-
-def test_older_names_of_run():
-    q, k = torch.randn(3, 4, 16), torch.randn(5, 2, 16)
-    wrapper = fi.BatchPrefillWithRaggedKVCacheWrapper(torch.empty(0))
-    starts = [torch.tensor([0, n], dtype=torch.int32) for n in (3, 5)]
-    wrapper.begin_forward(*starts, 4, 2, 16, causal=True, q_data_type=torch.float32)
-    out, lse = wrapper.run(q, k, k, return_lse=True)
-    for other in (wrapper.run_return_lse, wrapper.forward_return_lse):
-        assert all(torch.equal(a, b) for a, b in zip(other(q, k, k), (out, lse)))
-    assert torch.equal(wrapper.forward(q, k, k), out) and wrapper.end_forward() is None

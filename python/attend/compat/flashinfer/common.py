@@ -4,15 +4,15 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from ... import ops
 from ..._tensors import require, require_flag, require_integer
-from ...errors import InvalidType
-from .._flash import invalid, refuse_given, unsupported
+from ...errors import Error, InvalidType
+from .._flash import invalid, refuse_given, require_default, unsupported
 from .._renames import renamed
 
 Pages = Any  # a tensor of both, or a tuple (k, v)
@@ -39,11 +39,24 @@ def check_layout(function: str, kv_layout: Any) -> None:
         raise invalid(function, "kv_layout", "NHD or HND", repr(kv_layout))
 
 
+def check_heads(function: str, **sizes: int) -> None:
+    """Counts and sizes of at least 1."""
+    for name, value in sizes.items():
+        require_integer(function, name, value, 1)
+
+
 def check_encoding(function: str, pos_encoding_mode: str, rope_scale: Any, rope_theta: Any) -> None:
     """Position encodings: there are none."""
     if not isinstance(pos_encoding_mode, str) or pos_encoding_mode != "NONE":
         raise unsupported(function, "pos_encoding_mode", "NONE", repr(pos_encoding_mode))
     refuse_given(function, rope_scale=rope_scale, rope_theta=rope_theta)
+
+
+def refuse_set(function: str, **flags: Any) -> None:
+    """Unsupported for each flag that is neither None nor False."""
+    for name, value in flags.items():
+        if value is not None and value is not False:
+            raise unsupported(function, name, "None or False", type(value).__name__)
 
 
 def torch_dtype(function: str, argument: str, dtype: Any) -> torch.dtype:
@@ -90,6 +103,12 @@ def check_indptr(function: str, argument: str, indptr: Any, total: int | None = 
     if total is not None and indptr[-1] > total:
         raise invalid(function, argument, f"a last entry of at most {total}", int(indptr[-1]))
     return indptr
+
+
+def check_copy(function: str, argument: str, copy: Any, indptr: torch.Tensor) -> None:
+    """A copy of `indptr` that the caller has on the host: None, or the same numbers."""
+    if copy is not None and not torch.equal(int32(function, argument, copy), indptr):
+        raise invalid(function, argument, "a copy of the tensor that it is named after", "other numbers")
 
 
 def split_pages(function: str, paged_kv_cache: Pages, kv_layout: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -165,6 +184,26 @@ class Plan:
     head_dim_vo: int | None = None  # of values; None = as they come
 
 
+def replanned(
+    function: str,
+    plan: Plan | None,
+    *,
+    pos_encoding_mode: str,
+    rope_scale: Any,
+    rope_theta: Any,
+    logits_soft_cap: Any,
+    use_fp16_qk_reduction: Any = False,
+    **changed: Any,
+) -> Plan:
+    """`plan` with the values of a forward(), which replace those of plan() even where they are not given."""
+    if plan is None:
+        raise Error(f"[{function}]: call begin_forward() first")
+    check_encoding(function, pos_encoding_mode, rope_scale, rope_theta)
+    require_default(function, "use_fp16_qk_reduction", use_fp16_qk_reduction, False)
+    require_flag(function, "causal", changed.get("causal", False))
+    return replace(plan, logits_soft_cap=soft_cap_of(function, logits_soft_cap), **changed)
+
+
 def make_types(function: str, q_data_type: Any, kv_data_type: Any, o_data_type: Any) -> tuple[Any, Any]:
     """Types of queries and of the cache; results have that of the queries."""
     q_dtype = torch_dtype(function, "q_data_type", q_data_type)
@@ -191,6 +230,28 @@ class Run:
     return_lse: bool = False
     window_left: int | None = None
     sinks: Any = None
+    lse_base: str = "log2"
+    lse_layout: str = "NH"
+
+
+def _lse_memory(run: Run, tokens: int, heads: int) -> tuple[Any, Any]:
+    """The LSE to give back, and [tokens, heads] of it to write to; None where none is wanted."""
+    for name, value, known in (
+        ("lse_base", run.lse_base, ("log2", "ln")),
+        ("lse_layout", run.lse_layout, ("NH", "HN")),
+    ):
+        if not isinstance(value, str) or value not in known:
+            raise invalid(run.function, name, " or ".join(known), repr(value))
+    if run.lse is None and not run.return_lse:
+        return None, None
+    if run.lse_layout == "NH":
+        lse = torch.empty(tokens, heads) if run.lse is None else run.lse
+        return lse, lse
+    lse = torch.empty(heads, tokens) if run.lse is None else run.lse
+    require(run.function, "lse", lse, 2)
+    if not isinstance(lse, torch.Tensor) or tuple(lse.shape) != (heads, tokens):
+        raise invalid(run.function, "lse", f"a torch tensor [{heads}, {tokens}]", tuple(lse.shape))
+    return lse, lse.T
 
 
 def attend(plan: Plan, q: Any, k: torch.Tensor, v: torch.Tensor, run: Run) -> Any:
@@ -212,8 +273,7 @@ def attend(plan: Plan, q: Any, k: torch.Tensor, v: torch.Tensor, run: Run) -> An
     scale = 1.0 / math.sqrt(plan.head_dim) if plan.sm_scale is None else scale_of(function, "sm_scale", plan.sm_scale)
     scale *= scale_of(function, "q_scale", run.q_scale) * scale_of(function, "k_scale", run.k_scale)
     v_scale = scale_of(function, "v_scale", run.v_scale)
-    wants_lse = run.return_lse or run.lse is not None
-    lse = run.lse if run.lse is not None else torch.empty(q.shape[:2]) if wants_lse else None
+    given_back, lse = _lse_memory(run, *q.shape[:2])
     if paged:
         if k.shape[1] != plan.pages.page_size:
             raise invalid(function, "paged_kv_cache", f"pages of {plan.pages.page_size}, as planned", tuple(k.shape))
@@ -238,6 +298,6 @@ def attend(plan: Plan, q: Any, k: torch.Tensor, v: torch.Tensor, run: Run) -> An
         )
     if v_scale != 1.0:
         out *= v_scale
-    if lse is not None:
+    if lse is not None and run.lse_base == "log2":
         lse /= math.log(2.0)
-    return (out, lse) if run.return_lse else out
+    return (out, given_back) if run.return_lse else out

@@ -21,6 +21,7 @@ from .common import (
     check_encoding,
     check_layout,
     make_types,
+    replanned,
     soft_cap_of,
     split_pages,
 )
@@ -42,6 +43,7 @@ class BatchDecodeWithPagedKVCacheWrapper:
         paged_kv_last_page_len_buffer: torch.Tensor | None = None,
         backend: str = "auto",
         jit_args: Any = None,
+        jit_kwargs: Any = None,
     ) -> None:
         """`float_workspace_buffer` is not needed: attend has memory of its own."""
         check_constants(
@@ -53,6 +55,7 @@ class BatchDecodeWithPagedKVCacheWrapper:
             paged_kv_indices_buffer=paged_kv_indices_buffer,
             paged_kv_last_page_len_buffer=paged_kv_last_page_len_buffer,
             jit_args=jit_args,
+            jit_kwargs=jit_kwargs,
         )
         self._kv_layout = kv_layout
         self._plan: Plan | None = None
@@ -68,7 +71,6 @@ class BatchDecodeWithPagedKVCacheWrapper:
         page_size: int,
         pos_encoding_mode: str = "NONE",
         window_left: int = -1,
-        window_right: int = 0,
         logits_soft_cap: float | None = None,
         q_data_type: Any = "float16",
         kv_data_type: Any = None,
@@ -83,6 +85,10 @@ class BatchDecodeWithPagedKVCacheWrapper:
         fixed_split_size: int | None = None,
         disable_split_kv: bool = False,
         q_len_per_req: int = 1,
+        *,
+        window_right: int = 0,
+        is_causal: bool | None = None,
+        use_token_head_sf: bool = False,
     ) -> None:
         """Fixes the batch for the runs that follow.
 
@@ -95,11 +101,13 @@ class BatchDecodeWithPagedKVCacheWrapper:
             q_data_type, kv_data_type: types of torch or their names; `data_type` stands for both.
             sm_scale: None = 1 / sqrt(head_dim).
             q_len_per_req: query tokens of each request, the last ones of it; causal among them.
+            is_causal: None, or what q_len_per_req says anyhow: whether it is above 1.
         """
         function = f"{type(self).__name__}.plan"
         check_encoding(function, pos_encoding_mode, rope_scale, rope_theta)
         refuse_given(function, block_tables=block_tables, seq_lens=seq_lens)
         require_default(function, "window_right", window_right, 0)
+        require_default(function, "use_token_head_sf", use_token_head_sf, False)
         for name, value in (
             ("num_qo_heads", num_qo_heads),
             ("num_kv_heads", num_kv_heads),
@@ -107,6 +115,8 @@ class BatchDecodeWithPagedKVCacheWrapper:
             ("q_len_per_req", q_len_per_req),
         ):
             require_integer(function, name, value, 1)
+        if is_causal is not None:
+            require_default(function, "is_causal", is_causal, q_len_per_req > 1)
         pages = PageTable.make(function, indptr, indices, last_page_len, page_size, _PAGE_NAMES)
         batch = pages.seq_lens.numel()
         q_dtype, kv_dtype = make_types(function, data_type or q_data_type, kv_data_type, o_data_type)
@@ -170,8 +180,41 @@ class BatchDecodeWithPagedKVCacheWrapper:
         return attend(self._plan, q, k, v, options)
 
     run_return_lse = partialmethod(run, return_lse=True)
-    forward = run
-    forward_return_lse = run_return_lse
+
+    def forward(
+        self,
+        q: torch.Tensor,
+        paged_kv_cache: Pages,
+        pos_encoding_mode: str = "NONE",
+        q_scale: float | None = None,
+        k_scale: float | None = None,
+        v_scale: float | None = None,
+        window_left: int = -1,
+        logits_soft_cap: float | None = None,
+        sm_scale: float | None = None,
+        rope_scale: float | None = None,
+        rope_theta: float | None = None,
+        *,
+        return_lse: bool = False,
+    ) -> Any:
+        """run() after plan() with these values, defaults included, in place of its own; later runs keep them."""
+        function = f"{type(self).__name__}.forward"
+        plan = replanned(
+            function,
+            self._plan,
+            pos_encoding_mode=pos_encoding_mode,
+            rope_scale=rope_scale,
+            rope_theta=rope_theta,
+            logits_soft_cap=logits_soft_cap,
+            window_left=window_left,
+            sm_scale=sm_scale,
+        )
+        k, v = split_pages(function, paged_kv_cache, self._kv_layout)
+        result = attend(plan, q, k, v, Run(function, q_scale, k_scale, v_scale, return_lse=return_lse))
+        self._plan = plan
+        return result
+
+    forward_return_lse = partialmethod(forward, return_lse=True)
 
     def end_forward(self) -> None:
         """Does nothing: there is no state on a device to release."""

@@ -26,9 +26,16 @@ def get_seq_lens(kv_indptr: torch.Tensor, kv_last_page_len: torch.Tensor, page_s
 
 
 def get_batch_indices_positions(
-    append_indptr: torch.Tensor, seq_lens: torch.Tensor, nnz: int
+    append_indptr: torch.Tensor,
+    seq_lens: torch.Tensor,
+    nnz: int,
+    batch_indices: torch.Tensor | None = None,
+    positions: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Request and position of each appended token, int32 [nnz] each; seq_lens [B] count the appended tokens."""
+    """Request and position of each appended token, int32 [nnz] each; seq_lens [B] count the appended tokens.
+
+    `batch_indices` and `positions` are tensors to write them to; None = new ones.
+    """
     function = "get_batch_indices_positions"
     require_integer(function, "nnz", nnz, 0)
     indptr = check_indptr(function, "append_indptr", append_indptr)
@@ -40,7 +47,23 @@ def get_batch_indices_positions(
         raise invalid(function, "nnz", int(indptr[-1]), nnz)
     requests = torch.repeat_interleave(torch.arange(counts.numel(), dtype=torch.int32), counts.long())
     places = torch.arange(nnz, dtype=torch.int32) - indptr[requests.long()]
-    return requests, (lengths - counts)[requests.long()] + places
+    results = (requests, (lengths - counts)[requests.long()] + places)
+    given = {"batch_indices": batch_indices, "positions": positions}
+    for name, tensor in given.items():
+        if tensor is not None:
+            _check_target(function, name, tensor, nnz)
+    return tuple(r if t is None else t.copy_(r) for r, t in zip(results, given.values()))
+
+
+def _check_target(function: str, argument: str, tensor: torch.Tensor, count: int) -> None:
+    require(function, argument, tensor, 1)
+    dense = isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided and tensor.device.type == "cpu"
+    if not dense or tensor.dtype != torch.int32 or not tensor.is_contiguous():
+        raise invalid(
+            function, argument, "a contiguous int32 tensor of torch on the CPU", getattr(tensor, "dtype", None)
+        )
+    if tensor.numel() != count:
+        raise invalid(function, argument, f"{count} entries", tensor.numel())
 
 
 def append_paged_kv_cache(
