@@ -120,3 +120,49 @@ def test_errors_name_the_argument() -> None:
             call()
     with pytest.raises(Error, match="call plan"):
         fi.BatchMLAPagedAttentionWrapper(torch.empty(0)).run(*parts)
+
+
+def test_one_tensor_of_both_parts_or_a_pair() -> None:
+    q, cache, parts = problem(torch.float32, True)
+    wrapper = planned(torch.float32, True)
+    out = wrapper.run(*parts)
+    assert torch.equal(wrapper.run(query=q, kv_cache=cache), out)
+    assert torch.equal(wrapper.run(query=(parts[0], parts[1]), kv_cache=(parts[2], parts[3])), out)
+    for argument, call in (
+        ("q_pe", lambda: wrapper.run(q_pe=parts[1], query=q, kv_cache=cache)),
+        ("query", lambda: wrapper.run(query=q[..., 1:], kv_cache=cache)),
+        ("query", lambda: wrapper.run(query=parts, kv_cache=cache)),
+        ("kv_cache", lambda: wrapper.run(query=q, kv_cache=cache[0])),
+        ("ckv_cache", lambda: wrapper.run(query=q)),
+    ):
+        with pytest.raises(Error, match=rf"run\] argument '{argument}'"):
+            call()
+
+
+def test_what_the_plan_announces_is_kept() -> None:
+    parts = problem(torch.float32, True)[2]
+    wrapper = planned(torch.float32, True, lse_mode="basee", use_sinks=True, query_layout="split")
+    sinks = torch.zeros(HEADS)
+    assert wrapper.run(*parts, return_lse=True, return_lse_base_on_e=True, sinks=sinks)[1].shape == (6, HEADS)
+    with pytest.raises(InvalidArgument, match="argument 'return_lse_base_on_e'"):
+        wrapper.run(*parts, return_lse=True, sinks=sinks)
+    with pytest.raises(InvalidArgument, match="argument 'sinks'"):
+        wrapper.run(*parts)
+
+
+def test_what_cannot_be_planned_is_refused_by_name() -> None:
+    for name, value in {"metadata": 1, "cum_seq_lens_q": QO, "block_tables": QO, "seq_lens": QO, "max_q_len": 3,
+                        "query_layout": "other", "kv_cache_layout": 3, "lse_mode": "base10", "skip_softmax": True,
+                        "output_dtype": torch.float8_e4m3fn, "output_scale": "per-tensor",
+                        "scale_mode": "bmm-scalar"}.items():  # fmt: skip
+        with pytest.raises(Unsupported, match=rf"plan\] argument '{name}'"):
+            planned(torch.float32, True, **{name: value})
+    with pytest.raises(Unsupported, match=r"plan\] argument 'q_data_type'"):
+        planned(torch.float8_e4m3fn, True)
+    for name in ("qo_indptr", "kv_indptr", "kv_indices", "kv_len_arr", "num_heads", "sm_scale"):
+        with pytest.raises(Error, match=rf"plan\] argument '{name}'"):
+            planned(torch.float32, True, **{name: None})
+    wrapper, parts = planned(torch.float32, True), problem(torch.float32, True)[2]
+    for name in ("skip_softmax_threshold_scale_factor", "bmm1_scale", "bmm2_scale", "o_scale", "ckv_scale_arr"):
+        with pytest.raises(Unsupported, match=rf"run\] argument '{name}'"):
+            wrapper.run(*parts, **{name: 1.0})

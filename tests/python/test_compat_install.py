@@ -41,6 +41,18 @@ def test_foreign_imports_find_our_functions(installed):
     assert flash_attn_varlen_func is flash_attn.flash_attn_interface.flash_attn_varlen_func
 
 
+def test_submodules_of_flashinfer_are_found(installed):
+    installed("flashinfer")
+    from flashinfer.decode import single_decode_with_kv_cache
+    from flashinfer.mla import BatchMLAPagedAttentionWrapper
+
+    ours = importlib.import_module("attend.compat.flashinfer")
+    assert BatchMLAPagedAttentionWrapper is ours.BatchMLAPagedAttentionWrapper
+    assert single_decode_with_kv_cache is ours.single_decode_with_kv_cache
+    compat.uninstall("flashinfer")
+    assert "flashinfer.mla" not in sys.modules
+
+
 def test_clients_that_ask_for_a_version_find_it(installed):
     version = installed("flash_attn").__version__
     for spelling in ("flash-attn", "flash_attn", "Flash.Attn"):

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import faulthandler
+import functools
 import importlib
 import inspect
 import os
@@ -59,6 +60,36 @@ BATCHED = {
     "v": lambda: f32(B, BLOCK, HKV, D),
     "kv": lambda: f32(B, T, 2, HKV, D),
 }
+#: Parameters of the wrappers of flashinfer, before those of ELSEWHERE.
+WRAPPED = {
+    "kv_len_arr": lambda: i32([2, 1]),
+    "indptr": lambda: i32([0, 1, 2]),
+    "last_page_len": lambda: i32([2, 1]),
+    "paged_kv_indptr": lambda: i32([0, 1, 2]),
+    "paged_kv_indices": lambda: i32([3, 1]),
+    "paged_kv_last_page_len": lambda: i32([2, 1]),
+    "q_data_type": lambda: "float32",
+    "kv_data_type": lambda: "float32",
+    "num_qo_heads": lambda: HQ,
+    "num_kv_heads": lambda: HKV,
+    "num_heads": lambda: HQ,
+    "head_dim_qk": lambda: D,
+    "head_dim": lambda: D,
+    "head_dim_ckv": lambda: D,
+    "head_dim_kpe": lambda: D,
+    "sm_scale": lambda: 0.25,
+    "causal": lambda: True,
+    "q_nope": lambda: f32(3, HQ, D),
+    "q_pe": lambda: f32(3, HQ, D),
+    "ckv_cache": lambda: f32(BLOCKS, BLOCK, D),
+    "kpe_cache": lambda: f32(BLOCKS, BLOCK, D),
+}
+#: What the wrappers of flashinfer need although a default stands for it.
+NEEDED = {
+    "BatchMLAPagedAttentionWrapper.plan": ["qo_indptr", "kv_indptr", "kv_indices", "kv_len_arr", "num_heads",
+                                           "head_dim_ckv", "head_dim_kpe", "page_size", "causal", "sm_scale"],
+    "BatchMLAPagedAttentionWrapper.run": ["q_nope", "q_pe", "ckv_cache", "kpe_cache"],
+}  # fmt: skip
 
 
 def functions():
@@ -69,7 +100,41 @@ def functions():
     for module in NATIVE:
         m = importlib.import_module(f"attend.{module}")
         found.update({f"{module}.{n}": getattr(m, n) for n in m.__all__ if inspect.isfunction(getattr(m, n))})
+    return found | wrappers()
+
+
+def wrappers():
+    """Methods of flashinfer's wrappers: plan() of any, run() and forward() of those that have a plan."""
+    flashinfer = importlib.import_module("attend.compat.flashinfer")
+    found = {}
+    for name in (n for n in flashinfer.__all__ if n.startswith("Batch")):
+        make = getattr(flashinfer, name)
+        found[f"flashinfer.{name}.plan"] = make(torch.empty(0)).plan
+        for method in ("run", "forward"):
+            if hasattr(make, method):
+                found[f"flashinfer.{name}.{method}"] = method_of_planned(make, method)
     return found
+
+
+def method_of_planned(make, method):
+    """`method` of a new wrapper for each call, as forward() changes the plan."""
+    owner = f"{make.__name__}.plan"
+
+    @functools.wraps(getattr(make, method))
+    def call_planned(*args, **kwargs):
+        wrapper = make(torch.empty(0))
+        wrapper.plan(**{n: to_torch((WRAPPED.get(n) or ELSEWHERE[n])()) for n in plan_parameters(make.plan, owner)})
+        return getattr(wrapper, method)(*args, **kwargs)
+
+    signature = inspect.signature(getattr(make, method))
+    call_planned.__signature__ = signature.replace(parameters=list(signature.parameters.values())[1:])
+    return call_planned
+
+
+def plan_parameters(plan, owner):
+    parameters = list(inspect.signature(plan).parameters.values())[1:]
+    required = [p.name for p in parameters if p.default is inspect.Parameter.empty]
+    return [*required, *NEEDED.get(owner, []), "q_data_type", "kv_data_type"]
 
 
 FUNCTIONS = functions()
@@ -85,11 +150,19 @@ def plausible(name):
     """Arguments of a plausible call; a wrong guess is refused, which is tested as well."""
     function = name.split(".")[-1]
     special = BATCHED if name.startswith("flash_attn") and "varlen" not in name else {}
+    special = WRAPPED if name.startswith("flashinfer.Batch") else special
     arguments = {}
     for p in named_parameters(name).values():
         if p.default is inspect.Parameter.empty:
             make = special.get(p.name) or ELSEWHERE.get(p.name) or PLAUSIBLE.get(p.name) or (lambda: f32(T, HQ))
             arguments[p.name] = make()
+    for needed in NEEDED.get(name.removeprefix("flashinfer."), []):
+        arguments[needed] = (WRAPPED.get(needed) or ELSEWHERE[needed])()
+    if name.endswith("plan") and name.startswith("flashinfer."):
+        arguments["q_data_type"] = arguments["kv_data_type"] = "float32"
+    if name.startswith("flashinfer.Batch") and "q" in arguments:
+        arguments["q"] = f32(2 if "Decode" in name else 3, HQ, D)
+        arguments.update({n: f32(2, HKV, D) for n in ("k", "v") if n in arguments})
     if function == "flash_attn_with_kvcache":
         arguments["q"] = f32(B, T, HQ, D)
     return arguments
@@ -163,7 +236,8 @@ def test_every_argument_in_turn(name):
 
 
 def test_plausible_calls_of_attention_succeed():
-    for name in ("flash_attn.flash_attn_func", "flash_attn.flash_attn_varlen_func", "flash_attn_3.flash_attn_func",
+    for name in (*wrappers(),
+                 "flash_attn.flash_attn_func", "flash_attn.flash_attn_varlen_func", "flash_attn_3.flash_attn_func",
                  "flash_attn_3.flash_attn_combine", "flashinfer.get_seq_lens", "flash_attn_bert_padding.unpad_input",
                  "flash_attn_bert_padding.index_put_first_axis", "oracle.flash_attn_varlen"):  # fmt: skip
         arguments = plausible(name)

@@ -27,6 +27,11 @@ _MODULES = {
     "flash_mla": "flash_mla",
     "flash_mla.flash_mla_interface": "flash_mla",
     "flashinfer": "flashinfer",
+    "flashinfer.cascade": "flashinfer",
+    "flashinfer.decode": "flashinfer",
+    "flashinfer.mla": "flashinfer",
+    "flashinfer.page": "flashinfer",
+    "flashinfer.prefill": "flashinfer",
     "vllm._custom_ops": "vllm_ops",
     "vllm.vllm_flash_attn": "vllm_flash_attn",
 }

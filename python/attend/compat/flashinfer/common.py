@@ -72,8 +72,9 @@ def scale_of(function: str, argument: str, scale: Any) -> float:
     """A number, or a tensor with one; None is 1."""
     if scale is None:
         return 1.0
-    if isinstance(scale, torch.Tensor) and scale.numel() == 1:
-        return float(scale)
+    if isinstance(scale, torch.Tensor) and scale.layout == torch.strided and scale.device.type == "cpu":
+        if scale.numel() == 1 and not scale.is_complex():
+            return float(scale.detach())
     if isinstance(scale, bool) or not isinstance(scale, (int, float)):
         raise unsupported(function, argument, "one number", type(scale).__name__)
     return float(scale)

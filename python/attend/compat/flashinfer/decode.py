@@ -119,7 +119,9 @@ class BatchDecodeWithPagedKVCacheWrapper:
             require_default(function, "is_causal", is_causal, q_len_per_req > 1)
         pages = PageTable.make(function, indptr, indices, last_page_len, page_size, _PAGE_NAMES)
         batch = pages.seq_lens.numel()
-        q_dtype, kv_dtype = make_types(function, data_type or q_data_type, kv_data_type, o_data_type)
+        q_dtype, kv_dtype = make_types(
+            function, q_data_type if data_type is None else data_type, kv_data_type, o_data_type
+        )
         self._plan = Plan(
             num_qo_heads,
             num_kv_heads,
@@ -173,8 +175,8 @@ class BatchDecodeWithPagedKVCacheWrapper:
         refuse_given(
             function, skip_softmax_threshold_scale_factor=skip_softmax_threshold_scale_factor, kv_cache_sf=kv_cache_sf
         )
-        if q_len_per_req not in (None, self._q_len):
-            raise unsupported(function, "q_len_per_req", f"None or {self._q_len}, as planned", q_len_per_req)
+        if q_len_per_req is not None:
+            require_default(function, "q_len_per_req", q_len_per_req, self._q_len)
         k, v = split_pages(function, paged_kv_cache, self._kv_layout)
         options = Run(function, q_scale, k_scale, v_scale, out, lse, return_lse, window_left, sinks)
         return attend(self._plan, q, k, v, options)

@@ -40,6 +40,63 @@ class _Plan:
     sm_scale: float
     q_dtype: torch.dtype
     kv_dtype: torch.dtype
+    lse_mode: str
+    use_sinks: bool
+
+
+#: Words that plan() can serve.
+_WORDS = {
+    "query_layout": (None, "split", "packed"),
+    "kv_cache_layout": (None, "split", "packed"),
+    "lse_mode": ("none", "base2", "basee"),
+    "output_scale": ("none",),
+    "scale_mode": ("default", "kv-per-tensor"),
+}
+
+
+def _check_words(function: str, **words: Any) -> None:
+    for name, value in words.items():
+        if not (value is None or isinstance(value, str)) or value not in _WORDS[name]:
+            raise unsupported(function, name, " or ".join(map(str, _WORDS[name])), type(value).__name__)
+
+
+def _check_flags(function: str, **flags: Any) -> None:
+    for name, value in flags.items():
+        require_flag(function, name, value)
+
+
+def _check_sizes(function: str, sm_scale: Any, head_dim_kpe: Any, **counts: Any) -> None:
+    if sm_scale is None:
+        raise invalid(function, "sm_scale", "a number", sm_scale)
+    for name, value in counts.items():
+        require_integer(function, name, value, 1)
+    require_integer(function, "head_dim_kpe", head_dim_kpe, 0)
+
+
+def _types(function: str, q_data_type: Any, kv_data_type: Any, output_dtype: Any) -> tuple[Any, Any]:
+    with renamed(function, {"o_data_type": "output_dtype"}):
+        types = make_types(function, q_data_type, kv_data_type, output_dtype)
+    if types[0].itemsize == 1:
+        raise unsupported(function, "q_data_type", "float32, float16 or bfloat16", types[0])
+    return types
+
+
+def _halves(function: str, argument: str, given: Any, plan: _Plan, **others: Any) -> tuple[Any, Any]:
+    """`given` as its latent and its rotated part: a pair, or one tensor of both; None = `others`."""
+    if given is None:
+        return tuple(others.values())
+    for name, other in others.items():
+        if other is not None:
+            raise invalid(function, name, f"None beside {argument}", type(other).__name__)
+    if isinstance(given, (tuple, list)):
+        if len(given) != 2:
+            raise invalid(function, argument, "a pair of tensors", f"{len(given)} entries")
+        return tuple(given)
+    require(function, argument, given, 3)
+    width = plan.head_dim_ckv + plan.head_dim_kpe
+    if not isinstance(given, torch.Tensor) or given.shape[-1] != width:
+        raise invalid(function, argument, f"a tensor of torch with rows of {width}", tuple(given.shape))
+    return given[..., : plan.head_dim_ckv], given[..., plan.head_dim_ckv :]
 
 
 def _block_table(function: str, indptr: torch.Tensor, indices: torch.Tensor, lengths: torch.Tensor, size: int) -> Any:
@@ -105,40 +162,64 @@ class BatchMLAPagedAttentionWrapper:
 
     def plan(
         self,
-        qo_indptr: torch.Tensor,
-        kv_indptr: torch.Tensor,
-        kv_indices: torch.Tensor,
-        kv_len_arr: torch.Tensor,
-        num_heads: int,
-        head_dim_ckv: int,
-        head_dim_kpe: int,
-        page_size: int,
-        causal: bool,
-        sm_scale: float,
-        q_data_type: Any,
-        kv_data_type: Any,
+        qo_indptr: torch.Tensor | None = None,
+        kv_indptr: torch.Tensor | None = None,
+        kv_indices: torch.Tensor | None = None,
+        kv_len_arr: torch.Tensor | None = None,
+        num_heads: int | None = None,
+        head_dim_ckv: int | None = None,
+        head_dim_kpe: int | None = None,
+        page_size: int | None = None,
+        causal: bool | None = None,
+        sm_scale: float | None = None,
+        q_data_type: Any = None,
+        kv_data_type: Any = None,
         use_profiler: bool = False,
+        *,
+        metadata: Any = None,
+        cum_seq_lens_q: torch.Tensor | None = None,
+        block_tables: torch.Tensor | None = None,
+        seq_lens: torch.Tensor | None = None,
+        max_q_len: int | None = None,
+        query_layout: str | None = None,
+        kv_cache_layout: str | None = None,
+        lse_mode: str = "none",
+        output_dtype: Any = None,
+        output_scale: str = "none",
+        scale_mode: str = "default",
+        skip_softmax: bool = False,
+        enable_pdl: bool | None = None,
+        use_sinks: bool = False,
     ) -> None:
         """Fixes the batch for the runs that follow.
 
         Args:
             qo_indptr: int32 [B + 1], prefix sum of the query lengths.
-            kv_indptr: int32 [B + 1], where each request's pages begin in `kv_indices`.
-            kv_indices: int32, pages.
+            kv_indptr: int32 [B + 1], where each request's pages begin in `kv_indices`, which is int32.
             kv_len_arr: int32 [B], keys of each request.
             head_dim_ckv, head_dim_kpe: sizes of the latent, which is the value as well, and of the rotated part.
             page_size: 1, 4, 8 or a multiple of 16.
             causal: the last query of a request sees all of its keys.
             sm_scale: that of the model's heads before absorption.
             q_data_type, kv_data_type: types of torch or their names.
-            use_profiler: must be False.
+            use_profiler, skip_softmax: must be False; enable_pdl changes nothing.
+            metadata, cum_seq_lens_q, block_tables, seq_lens, max_q_len: other forms of the batch; must be None.
+            query_layout, kv_cache_layout: None, split or packed; run() takes both, whatever is announced.
+            lse_mode: base2 or basee: the base that run() is asked for; none = either.
+            output_dtype, output_scale, scale_mode: that of the queries, none; default or kv-per-tensor.
+            use_sinks: run() must get sinks.
         """
         function = f"{type(self).__name__}.plan"
-        require_flag(function, "causal", causal)
+        refuse_given(function, metadata=metadata, cum_seq_lens_q=cum_seq_lens_q, block_tables=block_tables)
+        refuse_given(function, seq_lens=seq_lens, max_q_len=max_q_len)
+        _check_flags(function, causal=causal, use_sinks=use_sinks)
         require_default(function, "use_profiler", use_profiler, False)
-        for name, value in (("num_heads", num_heads), ("head_dim_ckv", head_dim_ckv), ("page_size", page_size)):
-            require_integer(function, name, value, 1)
-        require_integer(function, "head_dim_kpe", head_dim_kpe, 0)
+        require_default(function, "skip_softmax", skip_softmax, False)
+        _check_words(function, query_layout=query_layout, kv_cache_layout=kv_cache_layout, lse_mode=lse_mode)
+        _check_words(function, output_scale=output_scale, scale_mode=scale_mode)
+        _check_sizes(
+            function, sm_scale, head_dim_kpe, num_heads=num_heads, head_dim_ckv=head_dim_ckv, page_size=page_size
+        )
         kv_indices = int32(function, "kv_indices", kv_indices)
         kv_indptr = check_indptr(function, "kv_indptr", kv_indptr, kv_indices.numel())
         qo_indptr = check_indptr(function, "qo_indptr", qo_indptr)
@@ -157,15 +238,17 @@ class BatchMLAPagedAttentionWrapper:
             page_size,
             causal,
             scale_of(function, "sm_scale", sm_scale),
-            *make_types(function, q_data_type, kv_data_type, None),
+            *_types(function, q_data_type, kv_data_type, output_dtype),
+            lse_mode,
+            use_sinks,
         )
 
     def run(
         self,
-        q_nope: torch.Tensor,
-        q_pe: torch.Tensor,
-        ckv_cache: torch.Tensor,
-        kpe_cache: torch.Tensor,
+        q_nope: torch.Tensor | None = None,
+        q_pe: torch.Tensor | None = None,
+        ckv_cache: torch.Tensor | None = None,
+        kpe_cache: torch.Tensor | None = None,
         out: torch.Tensor | None = None,
         lse: torch.Tensor | None = None,
         return_lse: bool = False,
@@ -175,10 +258,15 @@ class BatchMLAPagedAttentionWrapper:
         return_lse_base_on_e: bool = False,
         o_scale: float | None = None,
         *,
+        query: Any = None,
+        kv_cache: Any = None,
         ckv_scale: float | None = None,
         ckv_scale_arr: torch.Tensor | None = None,
         kpe_scale: float | None = None,
         sinks: torch.Tensor | None = None,
+        skip_softmax_threshold_scale_factor: float | None = None,
+        bmm1_scale: Any = None,
+        bmm2_scale: Any = None,
     ) -> Any:
         """Attention of queries that are absorbed already.
 
@@ -186,6 +274,7 @@ class BatchMLAPagedAttentionWrapper:
             q_nope: [T, num_heads, head_dim_ckv]; q_pe: [T, num_heads, head_dim_kpe].
             ckv_cache: [pages, page_size, head_dim_ckv]; kpe_cache: [pages, page_size, head_dim_kpe]. Where they are the
                 two parts of one tensor's rows they are read in place, otherwise the pages that are used are copied.
+            query, kv_cache: in place of the former: (q_nope, q_pe) and (ckv_cache, kpe_cache), or one tensor of both.
             out: [T, num_heads, head_dim_ckv] to write to.
             lse: float32 [T, num_heads] to write to.
             return_lse: give (out, lse): logarithms to base 2, or natural ones with `return_lse_base_on_e`.
@@ -201,30 +290,30 @@ class BatchMLAPagedAttentionWrapper:
             raise Error(f"[{function}]: call plan() first")
         refuse_given(function, profiler_buffer=profiler_buffer, kv_len=kv_len, page_table=page_table)
         refuse_given(function, o_scale=o_scale, ckv_scale_arr=ckv_scale_arr)
-        require_flag(function, "return_lse", return_lse)
-        require_flag(function, "return_lse_base_on_e", return_lse_base_on_e)
+        refuse_given(function, skip_softmax_threshold_scale_factor=skip_softmax_threshold_scale_factor)
+        refuse_given(function, bmm1_scale=bmm1_scale, bmm2_scale=bmm2_scale)
+        _check_flags(function, return_lse=return_lse, return_lse_base_on_e=return_lse_base_on_e)
+        _check_announced(function, plan, sinks, return_lse or lse is not None, return_lse_base_on_e)
+        q_nope, q_pe = _halves(function, "query", query, plan, q_nope=q_nope, q_pe=q_pe)
+        ckv_cache, kpe_cache = _halves(function, "kv_cache", kv_cache, plan, ckv_cache=ckv_cache, kpe_cache=kpe_cache)
         _check_tensors(function, plan, q_nope, q_pe, ckv_cache, kpe_cache)
-        if scale_of(function, "ckv_scale", ckv_scale) != scale_of(function, "kpe_scale", kpe_scale):
-            raise unsupported(function, "kpe_scale", f"{ckv_scale}, as ckv_scale", kpe_scale)
-        is_fp8 = plan.kv_dtype.itemsize == 1
-        if not is_fp8 and scale_of(function, "ckv_scale", ckv_scale) != 1.0:
-            raise unsupported(function, "ckv_scale", "None, as the cache is not fp8", ckv_scale)
+        kv_scale = _cache_scale(function, plan, ckv_scale, kpe_scale)
         block_table, cache = plan.block_table, _adjacent(ckv_cache, kpe_cache)
         if cache is None:
             cache, block_table = _used_pages(function, ckv_cache, kpe_cache, block_table)
-        query = _adjacent(q_nope, q_pe)
+        rows = _adjacent(q_nope, q_pe)
         if lse is None and return_lse:
             lse = torch.empty(q_nope.shape[:2])
         with renamed(function, _NAMES):
             out = ops.mla_decode(
-                torch.cat((q_nope, q_pe), dim=-1) if query is None else query,
+                torch.cat((q_nope, q_pe), dim=-1) if rows is None else rows,
                 cache,
                 block_table,
                 plan.qo_indptr,
                 plan.kv_len,
                 scale=plan.sm_scale,
                 head_dim_v=plan.head_dim_ckv,
-                kv_scale=torch.tensor([scale_of(function, "ckv_scale", ckv_scale)]) if is_fp8 else None,
+                kv_scale=kv_scale,
                 causal=plan.causal,
                 sinks=sinks,
                 lse_includes_sink=sinks is not None,
@@ -234,6 +323,26 @@ class BatchMLAPagedAttentionWrapper:
         if lse is not None and not return_lse_base_on_e:
             lse /= math.log(2.0)
         return (out, lse) if return_lse else out
+
+
+def _cache_scale(function: str, plan: _Plan, ckv_scale: Any, kpe_scale: Any) -> torch.Tensor | None:
+    """The one scale of both parts of an fp8 cache; None for other caches."""
+    scale = scale_of(function, "ckv_scale", ckv_scale)
+    if scale != scale_of(function, "kpe_scale", kpe_scale):
+        raise unsupported(function, "kpe_scale", f"{ckv_scale}, as ckv_scale", kpe_scale)
+    if plan.kv_dtype.itemsize == 1:
+        return torch.tensor([scale])
+    if scale != 1.0:
+        raise unsupported(function, "ckv_scale", "None, as the cache is not fp8", ckv_scale)
+    return None
+
+
+def _check_announced(function: str, plan: _Plan, sinks: Any, wants_lse: bool, base_on_e: bool) -> None:
+    """What plan() was told about the runs."""
+    if plan.use_sinks and sinks is None:
+        raise invalid(function, "sinks", "a tensor, as planned", None)
+    if wants_lse and plan.lse_mode != "none" and base_on_e != (plan.lse_mode == "basee"):
+        raise invalid(function, "return_lse_base_on_e", f"{not base_on_e}, as planned ({plan.lse_mode})", base_on_e)
 
 
 def _check_tensors(
