@@ -26,6 +26,7 @@ from mla_helpers import (
 import attend
 from attend import ops, oracle
 from attend.compat import flash_mla
+from attend.errors import InvalidType
 
 invalid = attend.InvalidArgument
 
@@ -388,3 +389,17 @@ def test_varlen_errors():
     assert_error(call(cu_seqlens_qo=i32([0, 7, 8])), invalid, name, "q")
     assert_error(call(cu_seqlens_qo=starts.long()), invalid, name, "cu_seqlens_qo")
     assert_error(call(cu_seqlens_kv=[0, 7, 9]), attend.InvalidType, name, "cu_seqlens_kv")
+
+
+def test_packed_arguments_that_cannot_be_sliced():
+    class Unsliced:
+        shape, dtype = (3, 2, 24), "float32"
+
+    starts = torch.tensor([0, 3], dtype=torch.int32)
+    query = torch.zeros(3, 2, 16)
+    for argument, call in (
+        ("kv", lambda: flash_mla.flash_attn_varlen_kvpacked_func(query, Unsliced(), starts, starts, 3, 3, 16)),
+        ("qkv", lambda: flash_mla.flash_attn_varlen_qkvpacked_func(Unsliced(), starts, 3, 8)),
+    ):
+        with pytest.raises(InvalidType, match=f"argument '{argument}'"):
+            call()

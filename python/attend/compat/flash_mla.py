@@ -366,6 +366,15 @@ def _check_lengths(name: str, cu_seqlens: Tensor, max_name: str, max_seqlen: int
         )
 
 
+def _require_packed(function: str, argument: str, tensor: Tensor) -> None:
+    """A tensor of three dimensions that can be sliced."""
+    require(function, argument, tensor, 3)
+    if not hasattr(type(tensor), "__getitem__"):
+        got = type(tensor).__name__
+        text = f"[{function}] argument '{argument}': expected a tensor that can be sliced, got {got}"
+        raise InvalidType(text, function, argument)
+
+
 def flash_attn_varlen_kvpacked_func(
     q: Tensor,
     kv: Tensor,
@@ -393,7 +402,7 @@ def flash_attn_varlen_kvpacked_func(
     Raises:
         InvalidArgument, InvalidType, Unsupported: as there.
     """
-    require("flash_attn_varlen_kvpacked_func", "kv", kv, 3)
+    _require_packed("flash_attn_varlen_kvpacked_func", "kv", kv)
     require_integer("flash_attn_varlen_kvpacked_func", "head_dim_qk", head_dim_qk, 1, kv.shape[2])
     return flash_attn_varlen_func(
         q,
@@ -437,7 +446,7 @@ def flash_attn_varlen_qkvpacked_func(
     Raises:
         InvalidArgument, InvalidType, Unsupported: as there.
     """
-    require("flash_attn_varlen_qkvpacked_func", "qkv", qkv, 3)
+    _require_packed("flash_attn_varlen_qkvpacked_func", "qkv", qkv)
     require_integer("flash_attn_varlen_qkvpacked_func", "head_dim_qk", head_dim_qk, 1, qkv.shape[2] // 2)
     return flash_attn_varlen_func(
         qkv[:, :, :head_dim_qk],
