@@ -97,6 +97,65 @@ def test_varlen_of_fp8_tensors():
         assert_close(out[begin : begin + sq], expected, 2e-2)
 
 
+@pytest.mark.parametrize("convert", [lambda t: t, lambda t: t.numpy()], ids=["torch", "numpy"])
+@pytest.mark.parametrize("used_q, used_k", [(None, (4, 9)), ((3, 5), None), ((6, 2), (0, 7)), ((7, 0), (11, 3))])
+@pytest.mark.parametrize("options, written_out", [
+    ({}, {}), ({"causal": True}, {"causal": True}), ({"window_size": (3, 1)}, {"window": (3, 1)})
+])  # fmt: skip
+def test_varlen_of_used_lengths(used_q, used_k, options, written_out, convert):
+    q, k, v = ragged()
+    expected, expected_lse = torch.zeros(12, 4, 32).double(), torch.full((4, 12), -math.inf).double()
+    for b, (first_q, all_q, first_k, all_k) in enumerate(((0, 7, 0, 11), (7, 5, 11, 9))):
+        sq, sk = used_q[b] if used_q else all_q, used_k[b] if used_k else all_k
+        rows = slice(first_q, first_q + sq)
+        keys = slice(first_k, first_k + sk)
+        out, lse = attention(q[rows], k[keys], v[keys], **written_out)
+        expected[rows], expected_lse[:, rows] = out, lse
+        k[first_k + sk : first_k + all_k] = math.nan  # nobody reads them
+        q[first_q + sq : first_q + all_q] = math.nan
+    used = {n: convert(int32(*x)) for n, x in (("seqused_q", used_q), ("seqused_k", used_k)) if x}
+    out, lse = fa3.flash_attn_varlen_func(
+        *map(convert, (q, k, v, STARTS, KEYS)), 7, 11, return_attn_probs=True, **used, **options
+    )
+    assert_close(torch.as_tensor(out), expected)
+    assert_close(torch.as_tensor(lse), expected_lse)
+
+
+def test_varlen_of_used_lengths_of_fp8_tensors():
+    scales = torch.tensor([[0.5, 2.0], [1.5, 0.25], [3.0, 0.75]])
+    codes, values = descaled(scales, *(randn(3, 9, heads, 32, seed=heads + n) for n, heads in enumerate((4, 2, 2))))
+    descales = {"q_descale": scales, "k_descale": scales, "v_descale": scales}
+    starts = int32(0, 9, 18, 27)
+    call = lambda **options: fa3.flash_attn_varlen_func(
+        *(t.flatten(0, 1) for t in codes), starts, starts, 9, 9, causal=True, **options
+    )
+    out = call(seqused_q=int32(7, 3, 9), seqused_k=int32(6, 8, 5), **descales).unflatten(0, (3, 9))
+    for b, (sq, sk) in enumerate(((7, 6), (3, 8), (9, 5))):
+        expected, _ = attention(*(t[b, :n] for t, n in zip(values, (sq, sk, sk))), causal=True)
+        assert_close(out[b, :sq], expected, 2e-2)
+    bad = lambda: call(seqused_k=int32(6, 8, 5), **{**descales, "v_descale": torch.ones(9, 2)})
+    assert "argument 'v_descale': expected 3 rows" in error_of(InvalidArgument, bad)
+
+
+@pytest.mark.parametrize("options, text", [
+    ({"seqused_q": int32(7, 6)}, "'seqused_q': expected 0 to 5 at index 1, got 6"),
+    ({"seqused_k": int32(-1, 6)}, "'seqused_k': expected 0 to 11 at index 0, got -1"),
+    ({"seqused_k": int32(1, 2, 3)}, "'seqused_k': expected [2], one length for each request, got [3]"),
+    ({"seqused_k": int32(1, 2).long()}, "'seqused_k': expected int32, got torch.int64"),
+    ({"seqused_k": int32(1, 2).to("meta")}, "'seqused_k': expected a tensor on the CPU, got meta"),
+    ({"seqused_k": int32(1, 2)[None]}, "'seqused_k': expected 1 dimensions"),
+    ({"seqused_k": int32(1, 2), "cu_seqlens_q": int32(0, 13, 12)}, "'cu_seqlens_q': expected >= 13 at index 2, got 12"),
+    ({"seqused_k": int32(1, 2), "cu_seqlens_q": int32()}, "'cu_seqlens_q': expected [B + 1], got [0]"),
+    ({"seqused_k": int32(1, 2), "cu_seqlens_k": int32(0, 20)}, "'cu_seqlens_k': expected [3], as cu_seqlens_q, got"),
+    ({"seqused_k": int32(1, 2), "cu_seqlens_k": int32(0, 11, 21)}, "'cu_seqlens_k': expected at most 20 keys"),
+])  # fmt: skip
+def test_bad_used_lengths_are_named(options, text):
+    q, k, v = ragged()
+    arguments = {"cu_seqlens_q": STARTS, "cu_seqlens_k": KEYS, "max_seqlen_q": 7, "max_seqlen_k": 11, **options}
+    message = error_of(InvalidArgument, lambda: fa3.flash_attn_varlen_func(q, k, v, **arguments))
+    assert message.startswith("[flash_attn_varlen_func]") and text in message
+
+
 def test_kvcache_appends_dense_and_paged():
     q, new_k, new_v = qkv(sq=3, sk=3)
     table = int32(5, 2, 0, 7).reshape(2, 2)
@@ -176,8 +235,6 @@ def test_flash_attention_3_names_what_it_does_not_do():
     for name, call in {
         "qv": lambda: fa3.flash_attn_func(q, k, v, qv=q),
         "attention_chunk": lambda: fa3.flash_attn_func(q, k, v, attention_chunk=8),
-        "seqused_q": lambda: fa3.flash_attn_varlen_func(*ragged(), STARTS, KEYS, 7, 11, seqused_q=int32(7, 5)),
-        "seqused_k": lambda: fa3.flash_attn_varlen_func(*ragged(), STARTS, KEYS, 7, 11, seqused_k=int32(7, 5)),
         "rotary_seqlens": lambda: fa3.flash_attn_with_kvcache(q, k, v, rotary_seqlens=int32(1, 1)),
         "cu_seqlens_k_new": lambda: fa3.flash_attn_with_kvcache(q, k, v, cu_seqlens_k_new=int32(0, 1)),
         "k_descale": lambda: fa3.flash_attn_with_kvcache(q, k, v, k_descale=torch.ones(2, 2)),

@@ -156,6 +156,8 @@ def plausible(name):
         if p.default is inspect.Parameter.empty:
             make = special.get(p.name) or ELSEWHERE.get(p.name) or PLAUSIBLE.get(p.name) or (lambda: f32(T, HQ))
             arguments[p.name] = make()
+    if name == "flash_attn_3.flash_attn_varlen_func":
+        arguments |= {"seqused_q": i32([2, 0]), "seqused_k": i32([1, 1])}
     for needed in NEEDED.get(name.removeprefix("flashinfer."), []):
         arguments[needed] = (WRAPPED.get(needed) or ELSEWHERE[needed])()
     if name.endswith("plan") and name.startswith("flashinfer."):

@@ -29,6 +29,7 @@ from ._flash import (
     window_of,
 )
 from ._renames import renamed
+from ._seqused import repeat_descale, split_used
 
 __all__ = [
     "flash_attn_combine",
@@ -140,7 +141,8 @@ def flash_attn_varlen_func(
     Args:
         cu_seqlens_q, cu_seqlens_k: int32 [B + 1], prefix sums of the lengths.
         max_seqlen_q, max_seqlen_k: integers; the lengths themselves are used.
-        seqused_q, seqused_k: not supported; None.
+        seqused_q, seqused_k: int32 [B], how many of the first queries and keys of each are used; None = all. A row of
+            the result that belongs to no used query is 0, its LSE minus infinity.
         q, k, v, softmax_scale, ... : as in flash_attn_func().
 
     Returns:
@@ -148,11 +150,15 @@ def flash_attn_varlen_func(
     """
     function = "flash_attn_varlen_func"
     _refuse_chunks(function, attention_chunk, qv)
-    refuse_given(function, seqused_q=seqused_q, seqused_k=seqused_k)
     check_bound(function, "max_seqlen_q", max_seqlen_q)
     check_bound(function, "max_seqlen_k", max_seqlen_k)
     require(function, "q", q, 3)
     left, right = window_of(function, window_size)
+    descales = {"q_descale": q_descale, "k_descale": k_descale, "v_descale": v_descale}
+    if seqused_q is not None or seqused_k is not None:
+        cu_seqlens_q, cu_seqlens_k = split_used(function, q, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
+        batch = cu_seqlens_q.shape[0] // 3
+        descales = {name: repeat_descale(function, name, descale, batch) for name, descale in descales.items()}
     lse, lse_rows = heads_first(q, q.shape[0], q.shape[1]) if return_attn_probs else (None, None)
     with renamed(function, NAMES):
         out = ops.flash_attn_varlen(
@@ -166,10 +172,8 @@ def flash_attn_varlen_func(
             window_left=left,
             window_right=right,
             softcap=softcap,
-            q_descale=q_descale,
-            k_descale=k_descale,
-            v_descale=v_descale,
             lse=lse_rows,
+            **descales,
         )
     return (out, lse) if return_attn_probs else out
 
