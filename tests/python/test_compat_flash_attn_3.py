@@ -230,6 +230,12 @@ def test_batches_are_equal():
     assert "[flash_attn_with_kvcache] argument 'cache_seqlens'" in error_of(InvalidArgument, call)
 
 
+def test_errors_speak_of_no_argument_that_the_function_lacks():
+    q, pages, table = qkv(sq=3)[0], torch.zeros(9, 16, 2, 32), int32(0, 1)[:, None]
+    text = error_of(InvalidArgument, lambda: fa3.flash_attn_with_kvcache(q, pages, pages, page_table=table))
+    assert "'cache_seqlens': expected given with a page_table" in text and "block_table" not in text
+
+
 def test_flash_attention_3_names_what_it_does_not_do():
     q, k, v = qkv()
     for name, call in {

@@ -10,6 +10,8 @@ from types import TracebackType
 from ..errors import InvalidArgument, InvalidType, Unsupported
 
 _SUBJECT = re.compile(r"\[([^]]*)\] argument '([^']*)'")
+#: Names in the rest of a text: only those with an underscore, as the others ("k", "scale") are words as well.
+_NAME = re.compile(r"\b[a-z]\w*_\w+\b")
 
 
 class renamed:
@@ -37,4 +39,5 @@ class renamed:
         subject = _SUBJECT.match(text)
         if subject is None:
             return text
-        return f"[{self.function}] argument '{self._name(subject[2])}'{text[subject.end() :]}"
+        rest = _NAME.sub(lambda name: self._name(name[0]), text[subject.end() :])
+        return f"[{self.function}] argument '{self._name(subject[2])}'{rest}"
