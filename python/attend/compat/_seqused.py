@@ -37,7 +37,7 @@ def split_used(
     ends_q = _ends(function, "seqused_q", seqused_q, starts_q)
     ends_k = _ends(function, "seqused_k", seqused_k, starts_k)
     split_q, split_k = starts_q[:1], starts_k[:1]
-    for end_q, end_k, next_q, next_k in zip(ends_q, ends_k, starts_q[1:], starts_k[1:], strict=True):
+    for end_q, end_k, next_q, next_k in zip(ends_q, ends_k, starts_q[1:], starts_k[1:]):
         split_q += [end_q, next_q, next_q]
         split_k += [end_k, end_k, next_k]
     return int32_like(q, split_q), int32_like(q, split_k)
