@@ -84,6 +84,17 @@ WRAPPED = {
     "ckv_cache": lambda: f32(BLOCKS, BLOCK, D),
     "kpe_cache": lambda: f32(BLOCKS, BLOCK, D),
 }
+#: Parameters that a function of vLLM has, or means otherwise.
+VLLM = {
+    "reshape_and_cache": {
+        "key_cache": lambda: f32(BLOCKS, HKV, D // 4, BLOCK, 4),
+        "value_cache": lambda: f32(BLOCKS, HKV, D, BLOCK),
+        "kv_cache_dtype": lambda: "auto",
+        "k_scale": lambda: f32(1),
+        "v_scale": lambda: f32(1),
+    },
+    "convert_fp8": {"output": lambda: np.zeros((T, HQ, D), np.uint8), "input": lambda: f32(T, HQ, D)},
+}
 #: What the wrappers of flashinfer need although a default stands for it.
 NEEDED = {
     "BatchMLAPagedAttentionWrapper.plan": ["qo_indptr", "kv_indptr", "kv_indices", "kv_len_arr", "num_heads",
@@ -151,6 +162,7 @@ def plausible(name):
     function = name.split(".")[-1]
     special = BATCHED if name.startswith("flash_attn") and "varlen" not in name else {}
     special = WRAPPED if name.startswith("flashinfer.Batch") else special
+    special = VLLM.get(function, {}) if name.startswith("vllm_ops") else special
     arguments = {}
     for p in named_parameters(name).values():
         if p.default is inspect.Parameter.empty:
@@ -241,7 +253,8 @@ def test_plausible_calls_of_attention_succeed():
     for name in (*wrappers(),
                  "flash_attn.flash_attn_func", "flash_attn.flash_attn_varlen_func", "flash_attn_3.flash_attn_func",
                  "flash_attn_3.flash_attn_combine", "flashinfer.get_seq_lens", "flash_attn_bert_padding.unpad_input",
-                 "flash_attn_bert_padding.index_put_first_axis", "oracle.flash_attn_varlen"):  # fmt: skip
+                 "flash_attn_bert_padding.index_put_first_axis", "oracle.flash_attn_varlen",
+                 *(f"vllm_ops.{function}" for function in VLLM)):  # fmt: skip
         arguments = plausible(name)
         if name == "oracle.flash_attn_varlen":
             arguments["cu_seqlens_kv"] = i32([0, 2, 3])

@@ -466,7 +466,7 @@ def test_signatures(name: str, parameters: str) -> None:
     assert got == parameters.split()
 
 
-MODULES = ("attend.compat.vllm_ops", "attend.compat._vllm_int8", "attend.compat._vllm_mla")
+MODULES = tuple(f"attend.compat.{name}" for name in ("vllm_ops", "_vllm_cache", "_vllm_int8", "_vllm_mla"))
 
 
 def test_everything_public_is_listed() -> None:

@@ -15,6 +15,7 @@ from .. import ops
 from .._tensors import Tensor, is_torch, require_tensor
 from ..errors import InvalidArgument, InvalidType
 from ._renames import renamed
+from ._vllm_cache import convert_fp8, reshape_and_cache, swap_blocks_batch
 from ._vllm_common import cache_as, refuse, transposed, unsupported
 from ._vllm_int8 import (
     flash_attn_varlen_int8_func,
@@ -40,6 +41,7 @@ from ._vllm_mla import (
 __all__ = [
     "concat_and_cache_mla",
     "concat_and_cache_mla_rope_fused",
+    "convert_fp8",
     "copy_blocks",
     "copy_blocks_mla",
     "cp_gather_and_upconvert_fp8_kv_cache",
@@ -50,11 +52,13 @@ __all__ = [
     "indexer_k_quant_and_cache",
     "merge_attn_states",
     "mla_decode_kvcache_cpu",
+    "reshape_and_cache",
     "reshape_and_cache_flash",
     "reshape_and_cache_flash_int8",
     "reshape_and_cache_flash_mix",
     "scaled_int8_quant_for_attn",
     "swap_blocks",
+    "swap_blocks_batch",
     "top_k_per_row_decode",
     "top_k_per_row_prefill",
     "vllm_paged_attention_int8",
