@@ -93,6 +93,35 @@ VLLM = {
         "k_scale": lambda: f32(1),
         "v_scale": lambda: f32(1),
     },
+    "pack_seq_triton": {"x": lambda: f32(T, D), "lengths": lambda: i32([2, 1])},
+    "unpack_seq_triton": {"packed_tensor": lambda: f32(B, 2, D), "lengths": lambda: i32([2, 1])},
+    "merge_attn_states_base2": {
+        "prefix_output": lambda: f32(T, HQ, D),
+        "suffix_output": lambda: f32(T, HQ, D),
+        "prefix_lse": lambda: f32(HQ, T),
+        "suffix_lse": lambda: f32(HQ, T),
+    },
+    "cpu_attn_get_scheduler_metadata": {
+        **{size: lambda: 2 for size in ("num_reqs", "num_heads", "num_kv_heads", "head_dim")},
+        "isa": lambda: "vec",
+    },
+    "cpu_attn_reshape_and_cache": {
+        "key_cache": lambda: f32(BLOCKS, HKV, BLOCK, D),
+        "value_cache": lambda: f32(BLOCKS, HKV, BLOCK, D),
+        "isa": lambda: "vec",
+    },
+    "cpu_attention_with_kv_cache": {
+        "query": lambda: f32(T, HQ, D),
+        "key_cache": lambda: f32(BLOCKS, HKV, BLOCK, D),
+        "value_cache": lambda: f32(BLOCKS, HKV, BLOCK, D),
+        "output": lambda: f32(T, HQ, D),
+        "causal": lambda: True,
+        "alibi_slopes": lambda: None,
+        "sliding_window": lambda: 4,
+        "softcap": lambda: 0.0,
+        "scheduler_metadata": lambda: None,
+        "s_aux": lambda: None,
+    },
     "convert_fp8": {"output": lambda: np.zeros((T, HQ, D), np.uint8), "input": lambda: f32(T, HQ, D)},
 }
 #: What the wrappers of flashinfer need although a default stands for it.

@@ -466,7 +466,10 @@ def test_signatures(name: str, parameters: str) -> None:
     assert got == parameters.split()
 
 
-MODULES = tuple(f"attend.compat.{name}" for name in ("vllm_ops", "_vllm_cache", "_vllm_int8", "_vllm_mla"))
+MODULES = tuple(
+    f"attend.compat.{name}"
+    for name in ("vllm_ops", "_vllm_cache", "_vllm_cpu", "_vllm_int8", "_vllm_mla", "_vllm_ragged")
+)
 
 
 def test_everything_public_is_listed() -> None:

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """vLLM's _custom_ops about caches, merging, quantisation and the indexer, and the int8 functions of its forks.
 
-Argument orders, defaults and layouts are theirs. LSEs are natural logarithms, [H, T]; plus infinity means "no keys",
-as minus infinity does. Caches of fp8 may be uint8: `kv_cache_dtype` says which codes they are. Arguments that only
-help a GPU to choose its launch, the lengths of the longest request, are not needed: the tensors say them.
+Argument orders, defaults and layouts are theirs. LSEs are natural logarithms, [H, T], unless a function is named
+after base 2; plus infinity means "no keys", as minus infinity does. Caches of fp8 may be uint8: `kv_cache_dtype` says
+which codes they are. Arguments that only help a GPU to choose its launch, the lengths of the longest request, are not
+needed: the tensors say them.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from ..errors import InvalidArgument, InvalidType
 from ._renames import renamed
 from ._vllm_cache import convert_fp8, reshape_and_cache, swap_blocks_batch
 from ._vllm_common import cache_as, refuse, transposed, unsupported
+from ._vllm_cpu import cpu_attention_with_kv_cache, cpu_attn_get_scheduler_metadata, cpu_attn_reshape_and_cache
 from ._vllm_int8 import (
     flash_attn_varlen_int8_func,
     reshape_and_cache_flash_int8,
@@ -37,6 +39,7 @@ from ._vllm_mla import (
     top_k_per_row_decode,
     top_k_per_row_prefill,
 )
+from ._vllm_ragged import merge_attn_states_base2, pack_seq_triton, unpack_seq_triton
 
 __all__ = [
     "concat_and_cache_mla",
@@ -47,11 +50,16 @@ __all__ = [
     "cp_gather_and_upconvert_fp8_kv_cache",
     "cp_gather_cache",
     "cp_gather_indexer_k_quant_cache",
+    "cpu_attention_with_kv_cache",
+    "cpu_attn_get_scheduler_metadata",
+    "cpu_attn_reshape_and_cache",
     "flash_attn_varlen_int8_func",
     "gather_and_maybe_dequant_cache",
     "indexer_k_quant_and_cache",
     "merge_attn_states",
+    "merge_attn_states_base2",
     "mla_decode_kvcache_cpu",
+    "pack_seq_triton",
     "reshape_and_cache",
     "reshape_and_cache_flash",
     "reshape_and_cache_flash_int8",
@@ -61,6 +69,7 @@ __all__ = [
     "swap_blocks_batch",
     "top_k_per_row_decode",
     "top_k_per_row_prefill",
+    "unpack_seq_triton",
     "vllm_paged_attention_int8",
     "vllm_paged_attention_mix",
 ]
